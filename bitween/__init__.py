@@ -1,0 +1,45 @@
+"""bitween: the best mixed-precision language model within a memory target and a perplexity budget.
+
+    from bitween.gradual import GradualQuantizer
+    model = GradualQuantizer(model, tokenizer, target_memory_reduction=0.6, max_perplexity_increase=0.05).quantize()
+
+Importing this package loads NumPy and the C core only; torch and transformers are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from . import _core
+
+if os.environ.get("BITWEEN_ISA"):
+    _core.set_isa(os.environ["BITWEEN_ISA"])
+
+# Public name -> module that defines it. Loaded on first use, so that `import bitween` stays quick.
+_PUBLIC = {
+    "Scheme": "scheme",
+    "QuantizedTensor": "quantized_tensor",
+    "quantize": "functional",
+    "info": "functional",
+    "set_num_threads": "_threads",
+    "get_num_threads": "_threads",
+    "QuantizedLinear": "layers",
+    "QuantizedEmbedding": "layers",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+__version__: str = _core.info()["version"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bitween' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,65 @@
+"""Functions on arrays: thin names over the C core. Weights may be torch tensors or NumPy arrays, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _core
+from ._threads import follow_torch, get_num_threads
+from .quantized_tensor import QuantizedTensor
+from .scheme import Scheme
+
+__all__ = ["METHODS", "info", "quantize"]
+
+
+def as_input(tensor: Any) -> Any:
+    """A tensor that the core may borrow: without its autograd history, lazy bits resolved."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach()
+        if tensor.is_neg() or tensor.is_conj():
+            tensor = tensor.resolve_neg().resolve_conj()
+    return tensor
+
+
+def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
+    return _core.quantize_rtn(weight, scheme.key)
+
+
+METHODS = {"rtn": _rtn}
+
+
+def quantize(
+    weight: Any, scheme: Scheme, *, method: str = "rtn", importance: Any = None, hessian: Any = None
+) -> QuantizedTensor:
+    """Quantize one matrix.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, float16 or bfloat16, anything with __dlpack__ on the CPU
+    scheme : Scheme
+    method : one of `METHODS`; "rtn" rounds to nearest on each group's range
+    importance : float32, weight's shape or (cols,), >= 0: elementwise weight on squared error
+    hessian : float32 (cols, cols), E[x xT] of the layer's inputs
+
+    Returns
+    -------
+    QuantizedTensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the argument, what was expected and what came.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"scheme: expected a Scheme; got {scheme!r}")
+    follow_torch()
+    weight, importance, hessian = (None if t is None else as_input(t) for t in (weight, importance, hessian))
+    codes, scales, zeros = METHODS[method](weight, scheme, importance, hessian)
+    return QuantizedTensor(codes, scales, zeros, scheme, tuple(weight.shape))
+
+
+def info() -> dict[str, Any]:
+    """What bitween runs on: version, isa (in use), isas (that this CPU has), threads, blas, blas_core."""
+    return {**_core.info(), "threads": get_num_threads()}

@@ -1,0 +1,95 @@
+"""QuantizedTensor: codes, scales and zeros of one matrix, and its Scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from ._threads import follow_torch
+from .scheme import Scheme
+
+__all__ = ["QuantizedTensor"]
+
+_NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A stored (rows, cols) matrix; docs/format.md draws the bytes.
+
+    Attributes
+    ----------
+    codes : uint8 (rows, row_bytes), packed
+    scales : float16 (rows, n_groups), the step between levels
+    zeros : uint8 (rows, row_zero_bytes), packed, or None when symmetric
+    scheme : Scheme
+    shape : (rows, cols)
+
+    The arrays may be NumPy's or torch's; the value of a code q is (q - zero) * scale.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    scheme: Scheme
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros: what memory reports count."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / number of weights."""
+        return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
+
+    def unpack_codes(self) -> np.ndarray:
+        """Codes one a byte, uint8 (rows, cols)."""
+        return _core.unpack(self.codes, self.shape[1], self.scheme.levels)
+
+    def unpack_zeros(self) -> np.ndarray:
+        """Zero points as numbers, float32 (rows, n_groups)."""
+        rows, groups = self.scales.shape
+        if self.zeros is None:
+            return np.full((rows, groups), self.scheme.zero, np.float32)
+        bits = (self.scheme.levels - 1).bit_length()
+        stream = np.unpackbits(np.asarray(self.zeros), axis=1, bitorder="little")[:, : groups * bits]
+        return (stream.reshape(rows, groups, bits) @ (1 << np.arange(bits))).astype(np.float32)
+
+    def dequantize(self, dtype: Any = None, out: Any = None) -> Any:
+        """The matrix as numbers.
+
+        Parameters
+        ----------
+        dtype : "float32" (default), "float16" as NumPy arrays, or a torch dtype (then a torch tensor; bfloat16 too)
+        out : contiguous tensor of shape (rows, cols) to fill instead
+
+        Returns
+        -------
+        (rows, cols) array, or `out`.
+        """
+        follow_torch()
+        if out is None:
+            out = _empty(self.shape, dtype)
+        _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out)
+        return out
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor(shape={self.shape}, scheme='{self.scheme}', nbytes={self.nbytes:,})"
+
+
+def _empty(shape: tuple[int, int], dtype: Any) -> Any:
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if str(dtype).startswith("torch."):
+        import torch
+
+        return torch.empty(shape, dtype=dtype)
+    if name not in _NUMPY_DTYPES:
+        name = np.dtype(dtype).name
+    if name not in _NUMPY_DTYPES:
+        raise TypeError(f"dtype: expected float32, float16 or a torch float type; got {dtype!r}")
+    return np.empty(shape, _NUMPY_DTYPES[name])

@@ -1,0 +1,93 @@
+"""Scheme: how one tensor is stored."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from . import _core
+
+__all__ = ["BITS", "GROUP_SIZES", "Scheme"]
+
+TERNARY = 1.58
+BITS: tuple[float, ...] = (1, TERNARY, 2, 3, 4, 5, 6, 8)
+GROUP_SIZES: tuple[int, ...] = (16, 32, 64, 128, -1)
+
+
+@dataclass(frozen=True, order=True)
+class Scheme:
+    """How a matrix is stored: bits per code, columns per group, symmetric or not.
+
+    Parameters
+    ----------
+    bits : 1, 1.58 (ternary; "ternary" is accepted), 2, 3, 4, 5, 6 or 8
+    group_size : 16, 32, 64, 128, or -1 for a whole row; the last group of a row may be shorter
+    symmetric : True stores no zero points; the levels lie around 0
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the argument, what was expected and what came.
+    """
+
+    bits: float
+    group_size: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        bits = TERNARY if self.bits == "ternary" else self.bits
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)):
+            raise TypeError(f"bits: expected a number or 'ternary'; got {self.bits!r}")
+        if bits not in BITS:
+            raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}; got {self.bits!r}")
+        if bits != TERNARY and not isinstance(bits, int):
+            raise TypeError(f"bits: expected an integer or 1.58; got {self.bits!r}")
+        if isinstance(self.group_size, bool) or not hasattr(self.group_size, "__index__"):
+            raise TypeError(f"group_size: expected an integer; got {self.group_size!r}")
+        if self.group_size not in GROUP_SIZES:
+            choices = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size: expected one of {choices}; got {self.group_size}")
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"symmetric: expected True or False; got {self.symmetric!r}")
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "group_size", int(self.group_size))
+
+    @property
+    def levels(self) -> int:
+        """Number of code values: 2, 3, 4, 8, 16, 32, 64 or 256."""
+        return 3 if self.bits == TERNARY else 1 << int(self.bits)
+
+    @property
+    def zero(self) -> float:
+        """The zero point of a symmetric scheme, in codes."""
+        return 0.5 if self.levels == 2 else float(self.levels // 2)
+
+    @property
+    def key(self) -> tuple[int, int, bool]:
+        """(levels, group_size, symmetric), as the core takes it."""
+        return self.levels, self.group_size, self.symmetric
+
+    def layout(self, rows: int, cols: int) -> dict[str, int]:
+        """Exact sizes of a stored (rows, cols) matrix: row_bytes, n_groups, row_zero_bytes, n_bytes."""
+        return _core.layout(self.key, rows, cols)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a stored (rows, cols) matrix: codes, scales and zeros."""
+        return self.layout(rows, cols)["n_bytes"]
+
+    def bits_per_weight(self, rows: int, cols: int) -> float:
+        """8 * nbytes / (rows * cols)."""
+        return 8 * self.nbytes(rows, cols) / (rows * cols)
+
+    def __str__(self) -> str:
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.bits:g}b {group} {'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """The scheme that `str(scheme)` wrote, as in "4b g64 sym" or "3b row asym"."""
+        match = re.fullmatch(r"\s*([\d.]+)b\s+(?:g(\d+)|row)\s+(sym|asym)\s*", text)
+        if not match:
+            raise ValueError(f'scheme: expected a text like "4b g64 sym"; got {text!r}')
+        bits = float(match[1])
+        return cls(int(bits) if bits.is_integer() else bits, int(match[2] or -1), match[3] == "sym")

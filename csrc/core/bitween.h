@@ -1,0 +1,120 @@
+/* bitween core: the whole interface, and its manual.
+ *
+ * Plain C11 without Python. Rules that hold for every function:
+ *   - arguments are checked before memory is touched, and then nothing is written; a failure found later, in
+ *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE), leaves outputs partly written;
+ *   - the result is a bw_status: BW_OK (0) or a negative BW_ERR_*; nothing prints, exits or aborts;
+ *   - no global mutable state besides the thread pool and the instruction set chosen at start;
+ *     functions may be called from several threads at once (on different outputs);
+ *   - results do not depend on the number of threads.
+ *
+ * Words: a *scheme* says how a matrix (rows, cols) is stored: number of code values (`levels`),
+ * columns per group (`group_size`, -1 = the whole row; the last group may be shorter), symmetric or not.
+ * A weight is (q - zero) * scale with 0 <= q < levels. `scale` is the step between levels, fp16, > 0.
+ * symmetric: zero = levels / 2 (0.5 for two levels, 1 for three). asymmetric: one integer zero a group.
+ *
+ * Saved layout, which is the layout in memory too (see docs/format.md):
+ *   codes  uint8 (rows, row_bytes)       dense, least significant bit first; three levels: 5 codes a byte
+ *   scales fp16  (rows, n_groups)
+ *   zeros  uint8 (rows, zero_bytes)      dense, least significant bit first; NULL when symmetric
+ */
+#ifndef BITWEEN_H
+#define BITWEEN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum {
+    BW_OK = 0,
+    BW_ERR_ARGUMENT = -1,  /* a value outside its range */
+    BW_ERR_SHAPE = -2,     /* shapes that do not fit together */
+    BW_ERR_OVERFLOW = -3,  /* a size that does not fit in memory's address range */
+    BW_ERR_NONFINITE = -4, /* NaN or infinity in an input */
+    BW_ERR_RANGE = -5,     /* a group's range needs a scale beyond fp16 (65504) */
+    BW_ERR_MEMORY = -6,    /* allocation failed */
+    BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
+    BW_ERR_CODE = -8       /* packed data holds a value outside the scheme */
+} bw_status;
+
+typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
+
+/* A read-only strided matrix in memory; strides count elements and may be zero or negative.
+ * `data` need not be aligned. */
+typedef struct {
+    const void *data;
+    ptrdiff_t rows, cols, row_stride, col_stride;
+    bw_dtype dtype;
+} bw_matrix;
+
+typedef struct {
+    int32_t levels; /* 2, 3 (ternary), 4, 8, 16, 32, 64, 256 */
+    int32_t symmetric;
+    int64_t group_size; /* 16, 32, 64, 128 or -1 */
+} bw_scheme;
+
+/* Sizes of a stored matrix, all checked against overflow. Byte counts are per matrix unless named row_*. */
+typedef struct {
+    ptrdiff_t row_bytes;      /* codes of one row, padded to 4 bytes */
+    ptrdiff_t n_groups;       /* groups in one row */
+    ptrdiff_t group;          /* columns in a full group */
+    ptrdiff_t row_zero_bytes; /* zeros of one row, 0 when symmetric */
+    ptrdiff_t n_bytes;        /* codes + scales + zeros */
+} bw_layout;
+
+/* A stored matrix. The pointers are borrowed; zeros is NULL when symmetric. */
+typedef struct {
+    uint8_t *codes;
+    uint16_t *scales;
+    uint8_t *zeros;
+    ptrdiff_t rows, cols;
+    bw_scheme scheme;
+} bw_quantized;
+
+/* ---- scheme.c ---- */
+bw_status bw_check_scheme(const bw_scheme *scheme);
+bw_status bw_scheme_layout(const bw_scheme *scheme, ptrdiff_t rows, ptrdiff_t cols, bw_layout *layout);
+/* The zero of a symmetric scheme: levels / 2, 0.5 or 1. */
+float bw_symmetric_zero(int32_t levels);
+/* Bits of one dense code, or of one stored zero (ternary zeros take 2). */
+int bw_level_bits(int32_t levels);
+bw_status bw_check_matrix(const bw_matrix *matrix);
+bw_status bw_check_quantized(const bw_quantized *tensor, bw_layout *layout);
+
+/* ---- cpu.c ---- */
+/* Chooses the instruction set once: the best supported, or the one `forced` names (NULL = none).
+ * BW_ERR_ARGUMENT when it is unknown or this CPU lacks it; the choice stands as it was. */
+bw_status bw_choose_isa(const char *forced);
+const char *bw_isa_name(void);
+/* The i-th compiled instruction set and whether this CPU runs it; NULL past the end. */
+const char *bw_isa_list(int i, int *supported);
+
+/* ---- parallel.c ---- */
+/* Number of threads that work on a call, the caller among them; 1 .. 1024. */
+bw_status bw_set_num_threads(int n);
+int bw_get_num_threads(void);
+
+/* ---- blas.c ---- */
+/* Build string of the OpenBLAS in use, and the core it chose at run time. */
+const char *bw_blas_name(void);
+const char *bw_blas_core(void);
+
+/* ---- rtn.c ---- */
+/* Round to nearest on the range of each group (min-max; range includes 0). Two symmetric levels:
+ * +-mean|w|, which is the least squared error. Scales are rounded up to fp16, so that no value lies
+ * further than half a step from its code. `out` points at arrays of bw_scheme_layout's sizes. */
+bw_status bw_quantize_rtn(const bw_matrix *weight, const bw_quantized *out);
+
+/* ---- encode.c ---- */
+/* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). */
+bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);
+
+/* ---- dequantize.c ---- */
+/* out (rows, cols) contiguous of `dtype`. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
+bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out);
+
+/* ---- pack.c ---- */
+/* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */
+bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed);
+bw_status bw_unpack(const uint8_t *packed, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *codes);
+
+#endif

@@ -1,0 +1,13 @@
+/* The kernels in the order they build on each other; included once by each isa/<name>.c after its vocabulary.
+ * The table at the end takes each kernel by name. */
+#include "convert.h"
+#include "../codec/all.h"
+#include "rtn.h"
+
+#define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
+    {                                                                                                        \
+        .name = isa_name, .rank = isa_rank, .supported = isa_supported,                                      \
+        .load_row = load_row, .store = store,                                                                \
+        .pack = pack, .unpack = unpack,                                                                      \
+        .rtn_grid = rtn_grid, .encode_row = encode_row, .decode_row = decode_row,                            \
+    }

@@ -1,0 +1,34 @@
+/* One instruction set: its name and its inner loops. Each isa/<name>.c fills one of these.
+ *
+ * Every vector has 16 lanes on every instruction set (one register with AVX-512, two with AVX2, four
+ * with NEON, an array otherwise) and sums fold in one fixed order. So a kernel that
+ * avoids bw_fma gives the same bytes everywhere by construction. */
+#ifndef BW_KERNELS_TABLE_H
+#define BW_KERNELS_TABLE_H
+
+#include "../bitween.h"
+
+typedef struct {
+    const char *name;
+    int rank;               /* higher is preferred */
+    int (*supported)(void); /* does this CPU, and its operating system, run the set? */
+
+    /* kernels/convert.h: elements first .. first+n-1 of a matrix row to fp32; fp32 to `dtype`, contiguous. */
+    void (*load_row)(const bw_matrix *matrix, ptrdiff_t row, ptrdiff_t first, ptrdiff_t n, float *out);
+    void (*store)(const float *values, ptrdiff_t n, bw_dtype dtype, void *out);
+
+    /* kernels/codec.h: n codes, one byte each <-> packed bits. unpack returns the largest code it saw.
+     * Both may touch only the ceil(n * bits / 8) packed bytes. */
+    void (*pack)(const uint8_t *codes, ptrdiff_t n, int32_t levels, uint8_t *packed);
+    int (*unpack)(const uint8_t *packed, ptrdiff_t n, int32_t levels, uint8_t *codes);
+
+    /* kernels/rtn.h: one row of `cols` values in groups of `group`. zeros: one float a group. */
+    bw_status (*rtn_grid)(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme,
+                          uint16_t *scales, float *zeros);
+    void (*encode_row)(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t levels, const uint16_t *scales,
+                       const float *zeros, uint8_t *codes);
+    void (*decode_row)(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
+                       const float *zeros, float *out);
+} bw_isa;
+
+#endif

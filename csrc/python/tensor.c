@@ -1,0 +1,227 @@
+/* Borrowing tensors over DLPack, without a copy and without knowing who made them.
+ *
+ * The protocol: obj.__dlpack__(max_version=(1, 0)) gives a capsule "dltensor_versioned" (or, from older
+ * producers, "dltensor"). The consumer renames it "used_...", so that the capsule's own destructor leaves the
+ * tensor alone, and calls the tensor's deleter exactly once. The rename comes first, before anything can fail. */
+#include <stdio.h>
+#include <string.h>
+
+#include "boundary.h"
+
+static const char *dtype_name(int code, int bits, char *buffer, size_t size) {
+    static const char *const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    if (code >= 0 && code < 7) snprintf(buffer, size, code == 6 ? "bool" : "%s%d", kinds[code], bits);
+    else snprintf(buffer, size, "DLPack type %d of %d bits", code, bits);
+    return buffer;
+}
+
+/* The capsule, by the newest form of the protocol that the producer knows. */
+static PyObject *ask_capsule(PyObject *object) {
+    PyObject *method = PyObject_GetAttrString(object, "__dlpack__"), *capsule = NULL;
+    if (!method) return NULL;
+    PyObject *empty = PyTuple_New(0), *keywords = Py_BuildValue("{s:(ii)}", "max_version", 1, 0);
+    if (empty && keywords) capsule = PyObject_Call(method, empty, keywords);
+    if (empty && !capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear(); /* a producer from before versions */
+        capsule = PyObject_Call(method, empty, NULL);
+    }
+    Py_XDECREF(keywords);
+    Py_XDECREF(empty);
+    Py_DECREF(method);
+    return capsule;
+}
+
+static void call_deleter(bw_view *view) {
+    if (!view->managed) return;
+    if (view->versioned) {
+        DLManagedTensorVersioned *m = view->managed;
+        if (m->deleter) m->deleter(m);
+    } else {
+        DLManagedTensor *m = view->managed;
+        if (m->deleter) m->deleter(m);
+    }
+    view->managed = NULL;
+}
+
+void bw_view_release(bw_view *view) {
+    call_deleter(view);
+    Py_CLEAR(view->capsule);
+}
+
+/* Takes the tensor out of the capsule; after this view->managed must be released. */
+static int take_tensor(const char *name, bw_view *view) {
+    const char *kind = PyCapsule_IsValid(view->capsule, "dltensor_versioned") ? "dltensor_versioned" : "dltensor";
+    void *managed = PyCapsule_GetPointer(view->capsule, kind);
+    if (!managed) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_BufferError, "%s: expected an unused DLPack capsule; got %R", name, view->capsule);
+        return -1;
+    }
+    view->versioned = kind[8] != 0;
+    if (PyCapsule_SetName(view->capsule, view->versioned ? "used_dltensor_versioned" : "used_dltensor")) return -1;
+    view->managed = managed;
+    if (view->versioned && ((DLManagedTensorVersioned *)managed)->version.major != 1) {
+        PyErr_Format(PyExc_BufferError, "%s: expected DLPack version 1; got %u", name,
+                     (unsigned)((DLManagedTensorVersioned *)managed)->version.major);
+        return -1;
+    }
+    return 0;
+}
+
+/* Shape and strides, with no product that can overflow later on. */
+static int read_shape(const char *name, const DLTensor *t, bw_view *view) {
+    if (t->ndim < 0 || t->ndim > 4) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at most 4 dimensions; got %d", name, (int)t->ndim);
+        return -1;
+    }
+    view->ndim = t->ndim;
+    int64_t size = 1, reach = view->bits / 8 ? view->bits / 8 : 1;
+    int empty = 0;
+    for (int i = 0; i < t->ndim; i++) empty |= t->shape[i] == 0;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        int64_t extent, bytes;
+        view->shape[i] = t->shape[i];
+        view->strides[i] = t->strides ? t->strides[i] : size;
+        int64_t stride = view->strides[i], span = stride < 0 ? -(stride + 1) : stride;
+        if (t->shape[i] < 0 || (!empty && (__builtin_mul_overflow(size, t->shape[i], &size) ||
+                                          __builtin_mul_overflow(span, t->shape[i], &extent) ||
+                                          __builtin_mul_overflow(extent, reach, &bytes)))) {
+            PyErr_Format(PyExc_ValueError, "%s: size of dimension %d does not fit in memory; got %lld", name, i,
+                         (long long)t->shape[i]);
+            return -1;
+        }
+        if (empty) size = 0;
+    }
+    int64_t bytes;
+    if (__builtin_mul_overflow(size, (int64_t)8, &bytes)) {
+        PyErr_Format(PyExc_ValueError, "%s: %lld elements do not fit in memory", name, (long long)size);
+        return -1;
+    }
+    return 0;
+}
+
+static int is_contiguous(const bw_view *view) {
+    int64_t expected = 1;
+    for (int i = view->ndim - 1; i >= 0; i--) {
+        if (view->shape[i] == 0) return 1;
+        if (view->shape[i] != 1 && view->strides[i] != expected) return 0;
+        expected *= view->shape[i];
+    }
+    return 1;
+}
+
+static int read_tensor(const char *name, int flags, bw_view *view) {
+    const DLManagedTensorVersioned *versioned = view->managed;
+    const DLTensor *t = view->versioned ? &versioned->dl_tensor : &((DLManagedTensor *)view->managed)->dl_tensor;
+    view->read_only = view->versioned && (versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY);
+    if (t->device.device_type != kDLCPU) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tensor on the CPU; got DLPack device type %d (call .cpu() first)",
+                     name, (int)t->device.device_type);
+        return -1;
+    }
+    view->code = t->dtype.code;
+    view->bits = t->dtype.bits;
+    if (t->dtype.lanes != 1) {
+        PyErr_Format(PyExc_TypeError, "%s: expected single elements; got vectors of %d", name, (int)t->dtype.lanes);
+        return -1;
+    }
+    if (read_shape(name, t, view)) return -1;
+    if (!t->data && bw_view_size(view)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a tensor with memory behind it; got a null pointer", name);
+        return -1;
+    }
+    view->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    if ((flags & BW_WRITABLE) && view->read_only) {
+        PyErr_Format(PyExc_ValueError, "%s: expected writable memory; got a read-only tensor", name);
+        return -1;
+    }
+    if ((flags & BW_CONTIGUOUS) && !is_contiguous(view)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected contiguous memory; got a strided tensor (call .contiguous())", name);
+        return -1;
+    }
+    return 0;
+}
+
+int bw_view_acquire(const char *name, PyObject *object, int flags, bw_view *view) {
+    memset(view, 0, sizeof *view);
+    if (!PyObject_HasAttrString(object, "__dlpack__")) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tensor with __dlpack__ (torch, NumPy, ...); got %R", name,
+                     (PyObject *)Py_TYPE(object));
+        return -1;
+    }
+    view->capsule = ask_capsule(object);
+    if (view->capsule && !take_tensor(name, view) && !read_tensor(name, flags, view)) return 0;
+    bw_view_release(view);
+    return -1;
+}
+
+int64_t bw_view_size(const bw_view *view) {
+    int64_t size = 1;
+    for (int i = 0; i < view->ndim; i++)
+        if (view->shape[i] == 0) return 0;
+    for (int i = 0; i < view->ndim; i++) size *= view->shape[i];
+    return size;
+}
+
+static PyObject *shape_tuple(int ndim, const int64_t *shape) {
+    PyObject *tuple = PyTuple_New(ndim);
+    for (int i = 0; tuple && i < ndim; i++) {
+        PyObject *number = PyLong_FromLongLong(shape[i]);
+        if (!number || PyTuple_SetItem(tuple, i, number)) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+int bw_view_expect_ndim(const char *name, const bw_view *view, int ndim) {
+    if (view->ndim == ndim) return 0;
+    PyObject *got = shape_tuple(view->ndim, view->shape);
+    if (got) PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions; got shape %R", name, ndim, got);
+    Py_XDECREF(got);
+    return -1;
+}
+
+int bw_view_expect_dtype(const char *name, const bw_view *view, const char *dtype) {
+    char buffer[48];
+    if (!strcmp(dtype_name(view->code, view->bits, buffer, sizeof buffer), dtype)) return 0;
+    PyErr_Format(PyExc_TypeError, "%s: expected dtype %s; got %s", name, dtype, buffer);
+    return -1;
+}
+
+int bw_view_expect_shape(const char *name, const bw_view *view, int ndim, const int64_t *shape) {
+    if (bw_view_expect_ndim(name, view, ndim)) return -1;
+    if (!memcmp(view->shape, shape, (size_t)ndim * sizeof *shape)) return 0;
+    PyObject *expected = shape_tuple(ndim, shape), *got = shape_tuple(ndim, view->shape);
+    if (expected && got) PyErr_Format(PyExc_ValueError, "%s: expected shape %R; got %R", name, expected, got);
+    Py_XDECREF(expected);
+    Py_XDECREF(got);
+    return -1;
+}
+
+int bw_view_matrix(const char *name, const bw_view *view, bw_matrix *matrix) {
+    char buffer[48];
+    const char *dtype = dtype_name(view->code, view->bits, buffer, sizeof buffer);
+    static const char *const known[] = {"float32", "float16", "bfloat16"};
+    int found = -1;
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(dtype, known[i])) found = i;
+    if (found < 0) {
+        PyErr_Format(PyExc_TypeError, "%s: expected dtype float32, float16 or bfloat16; got %s", name, dtype);
+        return -1;
+    }
+    if (bw_view_expect_ndim(name, view, 2)) return -1;
+    *matrix = (bw_matrix){view->data,       (ptrdiff_t)view->shape[0],   (ptrdiff_t)view->shape[1],
+                          (ptrdiff_t)view->strides[0], (ptrdiff_t)view->strides[1], (bw_dtype)found};
+    return 0;
+}
+
+int bw_view_float_matrix(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix) {
+    if (bw_view_acquire(name, object, 0, view)) return -1;
+    return bw_view_matrix(name, view, matrix);
+}
+
+int bw_view_array(const char *name, PyObject *object, const char *dtype, int ndim, const int64_t *shape, int flags,
+                  bw_view *view) {
+    if (bw_view_acquire(name, object, flags | BW_CONTIGUOUS, view)) return -1;
+    if (bw_view_expect_dtype(name, view, dtype)) return -1;
+    return bw_view_expect_shape(name, view, ndim, shape);
+}

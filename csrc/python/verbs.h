@@ -1,0 +1,11 @@
+/* Every function of bitween._core, in the order of the method table. */
+VERB(quantize_rtn)
+VERB(encode)
+VERB(dequantize)
+VERB(pack)
+VERB(unpack)
+VERB(layout)
+VERB(info)
+VERB(set_isa)
+VERB(set_num_threads)
+VERB(get_num_threads)
