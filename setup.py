@@ -36,9 +36,7 @@ def blas_options():
     """(defines, link arguments) for OpenBLAS, which is copied beside the extension unless told otherwise."""
     choice = os.environ.get("BITWEEN_BLAS", "")
     if choice == "system":
-        flags = subprocess.run(
-            ["pkg-config", "--libs", "openblas"], capture_output=True, text=True, check=True
-        )
+        flags = subprocess.run(["pkg-config", "--libs", "openblas"], capture_output=True, text=True, check=True)
         return [], flags.stdout.split()
     if choice:
         return [], [choice, f"-Wl,-rpath,{Path(choice).parent}"]
@@ -56,7 +54,7 @@ def blas_options():
 def extension():
     blas_defines, blas_links = blas_options()
     isas = isa_sources()
-    sources = [p for p in (ROOT / "csrc").glob("*/*.c")] + [ROOT / f"csrc/core/isa/{name}.c" for name in isas]
+    sources = list((ROOT / "csrc").glob("*/*.c")) + [ROOT / f"csrc/core/isa/{name}.c" for name in isas]
     extra = [
         "-std=c11",
         "-O3",

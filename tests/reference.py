@@ -38,9 +38,7 @@ def rtn_grid(w: np.ndarray, scheme) -> tuple[np.ndarray, np.ndarray]:
         scale = fp16_up(step)
         scale[scale == 0] = np.float16(2.0**-24)
         inverse = np.float32(1) / scale.astype(np.float32)
-        zero = (
-            np.full_like(step, scheme.zero) if scheme.symmetric else np.minimum(np.rint(-low * inverse), top)
-        )
+        zero = np.full_like(step, scheme.zero) if scheme.symmetric else np.minimum(np.rint(-low * inverse), top)
         scales.append(scale)
         zeros.append(zero)
     return np.stack(scales, 1), np.stack(zeros, 1)

@@ -102,8 +102,8 @@ static int read_shape(const char *name, const DLTensor *t, bw_view *view) {
 
 static int is_contiguous(const bw_view *view) {
     int64_t expected = 1;
+    if (!bw_view_size(view)) return 1;
     for (int i = view->ndim - 1; i >= 0; i--) {
-        if (view->shape[i] == 0) return 1;
         if (view->shape[i] != 1 && view->strides[i] != expected) return 0;
         expected *= view->shape[i];
     }
