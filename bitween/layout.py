@@ -1,0 +1,312 @@
+"""What a language model is made of: its blocks, its linear layers and the weights they share.
+
+Everything is found from the model's structure. No architecture is known by name, so a new Hugging
+Face family needs no new code here.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight matrix that can be quantized.
+
+    Attributes
+    ----------
+    name : str
+        Path of the module inside the model, as ``model.named_modules()`` spells it.
+    module : nn.Module
+        The module itself.
+    kind : {"linear", "conv1d", "embedding"}
+        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed.
+    shape : (int, int)
+        Rows and columns of the weight: (outputs, inputs), for an embedding (tokens, width). A
+        Conv1D is given in this order too, although it stores the transpose.
+    shared : tuple of str
+        Paths of the other modules that use the same memory, for instance a tied head. They are the
+        same item: quantized once, counted once.
+    plain : bool
+        True when the module computes nothing beyond the product or the lookup, so that a
+        quantized layer can stand in its place. False for embeddings that also scale their output.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    kind: str
+    shape: tuple[int, int]
+    shared: tuple[str, ...] = ()
+    plain: bool = True
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the module already holds packed codes instead of a weight."""
+        return _is_quantized(self.module)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as (outputs, inputs), a view of the model's memory; changing it changes the model."""
+        if self.quantized:
+            raise ValueError(f"{self.name}: the layer is already quantized and holds no full weight")
+        weight = self.module.weight.detach()
+        return weight.t() if self.kind == "conv1d" else weight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weight takes now, scales and zeros included when it is quantized."""
+        if self.quantized:
+            return self.module.weight_nbytes
+        return self.module.weight.numel() * self.module.weight.element_size()
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One element of the model's main list of blocks, with the layers that first appear in it."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A matrix that stays as it is, because no linear layer or word embedding holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ModelLayout:
+    """A causal language model in parts, every weight listed once.
+
+    Attributes
+    ----------
+    embedding : Layer
+        The word embedding.
+    blocks : tuple of Block
+        In the order of execution.
+    tail : tuple of (str, nn.Module)
+        What runs between the last block and the head, usually one norm.
+    head : Layer
+        The output layer. Tied to the embedding when ``embedding.name in head.shared``.
+    others : tuple of Layer
+        Linear layers outside the blocks.
+    kept : tuple of Kept
+        Every other matrix, with the reason why it is not a layer.
+    """
+
+    embedding: Layer
+    blocks: tuple[Block, ...]
+    tail: tuple[tuple[str, nn.Module], ...] = field(repr=False)
+    head: Layer
+    others: tuple[Layer, ...]
+    kept: tuple[Kept, ...]
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm after the last block: the first module of `tail` without a weight matrix."""
+        for _, module in self.tail:
+            if all(p.ndim < 2 for p in module.parameters()):
+                return module
+        return None
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one weight."""
+        return self.embedding.name in self.head.shared
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer once: embedding, blocks, others, head (left out when tied)."""
+        inner = [layer for block in self.blocks for layer in block.layers]
+        head = [] if self.tied else [self.head]
+        return (self.embedding, *inner, *self.others, *head)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of this name, or the one that shares its weight with this name."""
+        for layer in self.layers:
+            if name == layer.name or name in layer.shared:
+                return layer
+        raise KeyError(f"no layer named {name!r}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for the first parameter that holds NaN or infinity.
+
+    One vectorised pass over the weights. The message names the parameter, how many of its values
+    are not finite and where the first one is.
+    """
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if not values.is_floating_point() or values.numel() == 0:
+            continue
+        low, high = torch.aminmax(values)  # both are NaN if any value is
+        if math.isfinite(low.item()) and math.isfinite(high.item()):
+            continue
+        bad = ~torch.isfinite(values)
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected finite values; got {int(bad.sum()):,} non-finite of {values.numel():,}, first at {first}"
+        )
+
+
+def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple[Layer, ...], tuple[Kept, ...]]:
+    """Find embedding, blocks, head, other linear layers and kept matrices without running the model.
+
+    Raises
+    ------
+    ValueError
+        No linear layers, no list of blocks, no embedding or head, weights on the meta device, on
+        several devices, or of a dtype other than float32, float16 and bfloat16.
+    """
+    _check_placement(model)
+    paths = list(model.named_modules(remove_duplicate=False))
+    names = _names_by_weight(paths)
+    if not any(kind_of(m) in ("linear", "conv1d") for _, m in paths):
+        raise ValueError(f"model: expected at least one linear layer; {type(model).__name__} has none")
+
+    listed: set[tuple] = set()
+    embedding = _end(model, model.get_input_embeddings(), "input embedding", paths, names)
+    listed.add(_weight_key(embedding.module))
+    head = _end(model, model.get_output_embeddings(), "output head", paths, names)
+    listed.add(_weight_key(head.module))
+
+    list_name, members = _find_blocks(model)
+    blocks = []
+    for i, member in enumerate(members):
+        prefix = f"{list_name}.{i}"
+        inside = [(f"{prefix}.{n}", m) for n, m in member.named_modules()]
+        blocks.append(Block(prefix, member, _new_layers(inside, names, listed)))
+    others = _new_layers(paths, names, listed)
+    layers = (embedding, head, *others, *(layer for block in blocks for layer in block.layers))
+    _check_dtypes(layers)
+    return embedding, tuple(blocks), head, others, _kept(model, layers)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear", "conv1d" or "embedding", for full and quantized layers alike; None for anything else."""
+    if _is_quantized(module):
+        return "embedding" if hasattr(module, "num_embeddings") else "linear"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if isinstance(module, _conv1d_class()) else None
+
+
+def _conv1d_class() -> type | tuple:
+    """transformers' Conv1D if transformers is loaded; a model that uses it has loaded it."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library.Conv1D if library else ()
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return hasattr(module, "weight_nbytes")
+
+
+def _weight_key(module: nn.Module) -> tuple:
+    """Equal for two modules exactly when they use the same weight memory."""
+    weight = module.codes if _is_quantized(module) else module.weight
+    return weight.data_ptr(), weight.numel(), str(weight.device)
+
+
+def _names_by_weight(paths: Iterable[tuple[str, nn.Module]]) -> dict[tuple, list[str]]:
+    names: dict[tuple, list[str]] = {}
+    for name, module in paths:
+        if kind_of(module) and _shape(module)[0] * _shape(module)[1]:
+            names.setdefault(_weight_key(module), []).append(name)
+    return names
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    kind = kind_of(module)
+    if kind == "embedding":
+        return module.num_embeddings, module.embedding_dim
+    if kind == "conv1d":
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _make_layer(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
+    forwards = (nn.Linear.forward, nn.Embedding.forward)
+    plain = _is_quantized(module) or kind_of(module) == "conv1d" or type(module).forward in forwards
+    shared = tuple(n for n in names.get(_weight_key(module), ()) if n != name)
+    return Layer(name, module, kind_of(module), _shape(module), shared, plain)
+
+
+def _end(model, module, role: str, paths, names) -> Layer:
+    if module is None or kind_of(module) is None:
+        raise ValueError(f"model: expected a causal language model with an {role}; {type(model).__name__} has none")
+    name = next(n for n, m in paths if m is module)
+    return _make_layer(name, module, names)
+
+
+def _new_layers(paths, names, listed: set[tuple]) -> tuple[Layer, ...]:
+    """Linear layers among `paths` whose weight is not listed yet; lists them."""
+    layers = []
+    for name, module in paths:
+        if kind_of(module) not in ("linear", "conv1d") or 0 in _shape(module):
+            continue
+        key = _weight_key(module)
+        if key not in listed:
+            listed.add(key)
+            layers.append(_make_layer(name, module, names))
+    return tuple(layers)
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The outermost ModuleList with the most weight; lists inside it (experts) belong to its blocks."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in seen):
+            continue
+        seen.append(name)
+        if any(kind_of(m) in ("linear", "conv1d") for m in module.modules()):
+            size = sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in module.buffers())
+            if best is None or size > best[0]:
+                best = size, name, module
+    if best is None:
+        raise ValueError(f"model: expected a ModuleList of blocks with linear layers; {type(model).__name__} has none")
+    return best[1], list(best[2])
+
+
+def _check_placement(model: nn.Module) -> None:
+    devices: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name}: expected loaded weights; got a tensor on the meta device, which holds no values")
+        devices.setdefault(str(parameter.device), name)
+    if len(devices) > 1:
+        where = ", ".join(f"{device} ({name}, ...)" for device, name in devices.items())
+        raise ValueError(f"model: expected all weights on one device; got {where}")
+
+
+def _check_dtypes(layers: Iterable[Layer]) -> None:
+    for layer in layers:
+        if not layer.quantized and layer.module.weight.dtype not in SUPPORTED_DTYPES:
+            dtype = str(layer.module.weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{layer.name}.weight: expected float32, float16 or bfloat16; got {dtype}")
+
+
+def _kept(model: nn.Module, layers: Iterable[Layer]) -> tuple[Kept, ...]:
+    taken = {_weight_key(layer.module) for layer in layers}
+
+    def rest() -> Iterator[Kept]:
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                key = parameter.data_ptr(), parameter.numel(), str(parameter.device)
+                if parameter.ndim >= 2 and key not in taken:
+                    reason = f"{type(module).__name__} is neither a linear layer nor the word embedding"
+                    yield Kept(name, tuple(parameter.shape), reason)
+
+    return tuple(rest())
