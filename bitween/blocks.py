@@ -6,7 +6,7 @@ the work around the blocks from the model itself.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -223,10 +223,8 @@ class BlockRunner:
                     keep(layer.name), with_kwargs=True
                 )
                 hooks.callback(handle.remove)
-            try:
+            with suppress(Stop):
                 out = self.run_block(i, hidden, context)
-            except Stop:
-                pass
         for name, x, version in versions:
             if _version(x) != version:
                 raise ValueError(f"{name}: expected an input that stays; the model overwrites it in place")

@@ -212,7 +212,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _share(new, known, memo: dict):
-    """`new` with `known`'s tensors where equal; a dictionary inside, which blocks may write to, stays the call's own."""
+    """`new` with `known`'s tensors where equal; inner dictionaries, which blocks may write to, stay as they are."""
     if isinstance(new, torch.Tensor):
         pair = id(new), id(known)
         if pair not in memo:

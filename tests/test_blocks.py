@@ -134,9 +134,9 @@ def test_models_that_cannot_be_used_are_refused():
         meta = LlamaModel(make("llama").config)
     with pytest.raises(ValueError, match=r"embed_tokens.weight.*meta"):
         inspect(meta)
+    model = make("llama")
+    model.model.layers[1].self_attn.q_proj.double()
     with pytest.raises(ValueError, match=r"q_proj.weight: expected float32, float16 or bfloat16; got float64"):
-        model = make("llama")
-        model.model.layers[1].self_attn.q_proj.double()
         inspect(model)
 
 
