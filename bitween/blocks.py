@@ -50,9 +50,9 @@ def inspect(model: nn.Module) -> ModelLayout:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX or Arm BF16)."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Whether this CPU multiplies bfloat16 matrices in hardware, as far as this torch can tell."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # torch versions before it existed say nothing
+    return any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class BlockRunner:

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from tiny_models import logits, make, tokens
 from torch import nn
 from transformers import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from bitween.blocks import BlockRunner, check_finite, inspect
+
+from .tiny_models import logits, make, tokens
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "gpt2", "opt"]
 FAMILIES += ["phi", "phi3", "gpt_neox", "falcon", "bloom", "cohere", "mamba"]
