@@ -21,6 +21,7 @@ if os.environ.get("BITWEEN_ISA"):
 _PUBLIC = {
     "Scheme": "scheme",
     "QuantizedTensor": "quantized_tensor",
+    "Hessian": "hessian",
     "quantize": "functional",
     "info": "functional",
     "set_num_threads": "_threads",

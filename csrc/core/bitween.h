@@ -112,6 +112,13 @@ bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);
 /* out (rows, cols) contiguous of `dtype`. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
 bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out);
 
+/* ---- hessian.c ---- */
+/* h += xT D x for x (tokens, n), upper triangle of (n, n) only; with y (tokens, m), h += xT D y, all of (n, m).
+ * D is the diagonal of `token_weights` (>= 0), ones when NULL. BW_ERR_NONFINITE when a sum is not finite. */
+bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *token_weights, float *h);
+/* Copies the upper triangle of (n, n) over the lower one. */
+bw_status bw_mirror_upper(ptrdiff_t n, float *h);
+
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */
 bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed);
