@@ -6,19 +6,10 @@ from typing import Any
 
 from . import _core
 from ._threads import follow_torch, get_num_threads
-from .quantized_tensor import QuantizedTensor
+from .quantized_tensor import QuantizedTensor, as_input
 from .scheme import Scheme
 
 __all__ = ["METHODS", "info", "quantize"]
-
-
-def as_input(tensor: Any) -> Any:
-    """A tensor that the core may borrow: without its autograd history, lazy bits resolved."""
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach()
-        if tensor.is_neg() or tensor.is_conj():
-            tensor = tensor.resolve_neg().resolve_conj()
-    return tensor
 
 
 def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,15 @@ from .scheme import Scheme
 __all__ = ["QuantizedTensor"]
 
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+def as_input(tensor: Any) -> Any:
+    """A tensor that the core may borrow: without its autograd history, lazy bits resolved."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach()
+        if tensor.is_neg() or tensor.is_conj():
+            tensor = tensor.resolve_neg().resolve_conj()
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +70,46 @@ class QuantizedTensor:
         stream = np.unpackbits(np.asarray(self.zeros), axis=1, bitorder="little")[:, : groups * bits]
         return (stream.reshape(rows, groups, bits) @ (1 << np.arange(bits))).astype(np.float32)
 
-    def dequantize(self, dtype: Any = None, out: Any = None) -> Any:
+    def dequantize(self, dtype: Any = None, out: Any = None, rows: Any = None) -> Any:
         """The matrix as numbers.
 
         Parameters
         ----------
         dtype : "float32" (default), "float16" as NumPy arrays, or a torch dtype (then a torch tensor; bfloat16 too)
-        out : contiguous tensor of shape (rows, cols) to fill instead
+        out : contiguous tensor of the result's shape to fill instead
+        rows : int64 (n,), contiguous: only these rows, in this order
 
         Returns
         -------
-        (rows, cols) array, or `out`.
+        (rows, cols) or (n, cols) array, or `out`.
         """
         follow_torch()
         if out is None:
-            out = _empty(self.shape, dtype)
-        _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out)
+            out = _empty(self.shape if rows is None else (len(rows), self.shape[1]), dtype)
+        _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out, rows)
+        return out
+
+    def matmul(self, x: Any, bias: Any = None, out: Any = None) -> Any:
+        """x times the transposed matrix, plus bias; sums are fp32.
+
+        Parameters
+        ----------
+        x : (..., cols) float32, float16 or bfloat16 on the CPU; NumPy or torch
+        bias : (rows,), optional
+        out : contiguous (..., rows) tensor to fill instead of a new one of x's dtype
+
+        Returns
+        -------
+        (..., rows) array, or `out`.
+        """
+        follow_torch()
+        x, bias = as_input(x), as_input(bias)
+        if out is None:
+            shape = (*x.shape[:-1], self.shape[0])
+            out = x.new_empty(shape) if hasattr(x, "new_empty") else np.empty(shape, x.dtype)
+        if x.ndim > 2:  # folds leading dimensions, with a copy where their strides do not allow a view
+            x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        _core.matmul(x, self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], bias, out)
         return out
 
     def __repr__(self) -> str:

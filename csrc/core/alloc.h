@@ -8,4 +8,9 @@
 void *bw_alloc(ptrdiff_t count, ptrdiff_t size);
 void bw_free(void *p);
 
+/* Bytes rounded up to a whole number of cache lines, to carve one piece of memory into several. */
+static inline ptrdiff_t bw_aligned(ptrdiff_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
 #endif

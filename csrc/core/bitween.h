@@ -33,7 +33,8 @@ typedef enum {
     BW_ERR_RANGE = -5,     /* a group's range needs a scale beyond fp16 (65504) */
     BW_ERR_MEMORY = -6,    /* allocation failed */
     BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
-    BW_ERR_CODE = -8       /* packed data holds a value outside the scheme */
+    BW_ERR_CODE = -8,      /* packed data holds a value outside the scheme */
+    BW_ERR_INDEX = -9      /* an index outside its range */
 } bw_status;
 
 typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
@@ -111,6 +112,13 @@ bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);
 /* ---- dequantize.c ---- */
 /* out (rows, cols) contiguous of `dtype`. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
 bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out);
+/* out (n, cols) = the rows named by ids, in that order; any may repeat. BW_ERR_INDEX when one does not exist. */
+bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptrdiff_t n, bw_dtype dtype, void *out);
+
+/* ---- matmul.c ---- */
+/* out (m, rows), contiguous of `dtype`, = x (m, cols) WT + bias; bias (1, rows) or NULL. fp32 sums. NaN and
+ * infinity in x reach their own row only. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
+bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_dtype dtype, void *out);
 
 /* ---- hessian.c ---- */
 /* h += xT D x for x (tokens, n), upper triangle of (n, n) only; with y (tokens, m), h += xT D y, all of (n, m).

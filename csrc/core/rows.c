@@ -18,18 +18,14 @@ typedef struct {
     atomic_int status;
 } frame;
 
-static ptrdiff_t aligned(ptrdiff_t bytes) {
-    return (bytes + 63) / 64 * 64;
-}
-
 static bw_row carve_row(const frame *f, int worker) {
     ptrdiff_t cols = f->job.out->cols, groups = f->job.layout.n_groups;
     char *p = f->scratch + worker * f->scratch_bytes;
     bw_row row = {0};
     row.values = (float *)p;
-    row.zeros = (float *)(p += aligned(cols * 4));
-    row.scales = (uint16_t *)(p += aligned(groups * 4));
-    row.bytes = (uint8_t *)(p + aligned(groups * 2));
+    row.zeros = (float *)(p += bw_aligned(cols * 4));
+    row.scales = (uint16_t *)(p += bw_aligned(groups * 4));
+    row.bytes = (uint8_t *)(p + bw_aligned(groups * 2));
     return row;
 }
 
@@ -76,7 +72,7 @@ bw_status bw_quantize_rows(const bw_matrix *weight, const bw_quantized *out, bw_
     int n_workers = bw_n_workers(n_chunks);
     /* cols * 8 was checked not to overflow; 16 bytes a column is the most that is needed. */
     ptrdiff_t groups = f.job.layout.n_groups;
-    f.scratch_bytes = aligned(out->cols * 4) + aligned(groups * 4) + aligned(groups * 2) + aligned(out->cols + 8);
+    f.scratch_bytes = bw_aligned(out->cols * 4) + bw_aligned(groups * 4) + bw_aligned(groups * 2) + bw_aligned(out->cols + 8);
     f.scratch = bw_alloc(n_workers, f.scratch_bytes);
     if (!f.scratch) return BW_ERR_MEMORY;
     bw_parallel_for(n_workers, n_chunks, quantize_chunk, &f);

@@ -37,6 +37,8 @@ int bw_arg_scheme(const char *name, PyObject *value, bw_scheme *out);
 PyObject *bw_raise(const char *operation, const char *argument, bw_status status);
 
 /* ---- tensor.c ---- */
+enum { BW_MAX_DIMS = 8 };
+
 /* A borrowed view of a CPU tensor. Zero-initialise it; releasing a zero view is legal. The memory stays
  * alive until bw_view_release. */
 typedef struct {
@@ -45,14 +47,14 @@ typedef struct {
     int versioned;
     char *data; /* byte_offset applied; NULL only when a dimension is 0 */
     int ndim;
-    int64_t shape[4], strides[4]; /* elements */
+    int64_t shape[BW_MAX_DIMS], strides[BW_MAX_DIMS]; /* elements */
     int code, bits;               /* DLPack type; lanes are 1 */
     int read_only;
 } bw_view;
 
 enum { BW_WRITABLE = 1, BW_CONTIGUOUS = 2 };
 
-/* Views `object` (anything with __dlpack__). Refuses other devices, more than 4 dimensions, sizes that overflow,
+/* Views `object` (anything with __dlpack__). Refuses other devices, more than BW_MAX_DIMS dimensions, sizes that overflow,
  * and, by flags, read-only or non-contiguous memory. -1 with an exception that names the argument. */
 int bw_view_acquire(const char *name, PyObject *object, int flags, bw_view *view);
 void bw_view_release(bw_view *view);

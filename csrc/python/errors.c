@@ -36,6 +36,10 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
         PyErr_Format(PyExc_ValueError, "%s: expected codes within the scheme; got a larger one in %s", argument,
                      operation);
         break;
+    case BW_ERR_INDEX:
+        PyErr_Format(PyExc_IndexError, "%s: expected indices of existing rows; got one outside in %s", argument,
+                     operation);
+        break;
     }
     return NULL;
 }

@@ -77,14 +77,15 @@ done:
 }
 
 const char bw_doc_dequantize[] =
-    "dequantize(codes, scales, zeros, scheme, cols, out)\n--\n\n"
-    "Write (q - zero) * scale into `out`, a contiguous (rows, cols) float32, float16 or bfloat16 tensor.";
+    "dequantize(codes, scales, zeros, scheme, cols, out, rows=None)\n--\n\n"
+    "Write (q - zero) * scale into `out`, a contiguous (rows, cols) float32, float16 or bfloat16 tensor.\n\n"
+    "rows: int64 (n,), only these rows, in this order; out is then (n, cols).";
 
 PyObject *bw_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"codes", "scales", "zeros", "scheme", "cols", "out", NULL};
-    PyObject *v[6], *result = NULL;
-    bw_view out = {0};
+    static const char *const names[] = {"codes", "scales", "zeros", "scheme", "cols", "out", "|", "rows", NULL};
+    PyObject *v[7], *result = NULL;
+    bw_view out = {0}, rows = {0};
     bw_stored stored = {0};
     bw_matrix matrix;
     bw_status status;
@@ -92,18 +93,25 @@ PyObject *bw_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t n
         bw_stored_acquire(v[0], v[1], v[2] == Py_None ? NULL : v[2], v[3], v[4], &stored) ||
         bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &matrix))
         goto done;
-    const int64_t shape[2] = {stored.tensor.rows, stored.tensor.cols};
+    if (v[6] && (bw_view_acquire("rows", v[6], BW_CONTIGUOUS, &rows) ||
+                 bw_view_expect_dtype("rows", &rows, "int64") || bw_view_expect_ndim("rows", &rows, 1)))
+        goto done;
+    const int64_t shape[2] = {v[6] ? rows.shape[0] : stored.tensor.rows, stored.tensor.cols};
     if (bw_view_expect_shape("out", &out, 2, shape)) goto done;
-    if ((uintptr_t)out.data % (matrix.dtype == BW_F32 ? 4 : 2)) {
-        PyErr_SetString(PyExc_ValueError, "out: expected aligned memory; got an address between elements");
+    if ((uintptr_t)out.data % (matrix.dtype == BW_F32 ? 4 : 2) || (uintptr_t)rows.data % 8) {
+        PyErr_Format(PyExc_ValueError, "%s: expected aligned memory; got an address between elements",
+                     (uintptr_t)rows.data % 8 ? "rows" : "out");
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    status = bw_dequantize(&stored.tensor, matrix.dtype, out.data);
+    status = v[6] ? bw_dequantize_rows(&stored.tensor, (const int64_t *)rows.data, (ptrdiff_t)shape[0], matrix.dtype,
+                                       out.data)
+                  : bw_dequantize(&stored.tensor, matrix.dtype, out.data);
     Py_END_ALLOW_THREADS
-    if (status) bw_raise("dequantize", "codes", status);
+    if (status) bw_raise("dequantize", status == BW_ERR_INDEX ? "rows" : "codes", status);
     else result = Py_NewRef(Py_None);
 done:
+    bw_view_release(&rows);
     bw_view_release(&out);
     bw_stored_release(&stored);
     return result;

@@ -70,8 +70,8 @@ static int take_tensor(const char *name, bw_view *view) {
 
 /* Shape and strides, with no product that can overflow later on. */
 static int read_shape(const char *name, const DLTensor *t, bw_view *view) {
-    if (t->ndim < 0 || t->ndim > 4) {
-        PyErr_Format(PyExc_ValueError, "%s: expected at most 4 dimensions; got %d", name, (int)t->ndim);
+    if (t->ndim < 0 || t->ndim > BW_MAX_DIMS) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at most %d dimensions; got %d", name, BW_MAX_DIMS, (int)t->ndim);
         return -1;
     }
     view->ndim = t->ndim;

@@ -2,6 +2,7 @@
 VERB(quantize_rtn)
 VERB(encode)
 VERB(dequantize)
+VERB(matmul)
 VERB(pack)
 VERB(unpack)
 VERB(hessian_add)
