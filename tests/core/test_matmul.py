@@ -130,8 +130,8 @@ def test_bad_input_is_refused():
         q.matmul(activations(2, 64), out=torch.empty(2, 31))
     with pytest.raises(TypeError, match="x: expected dtype"):
         q.matmul(activations(2, 64).double(), out=torch.empty(2, 30))
+    x, out = activations(4, 6, 64)[:, :3], torch.empty(4, 3, 30)
     with pytest.raises(ValueError, match="x: expected leading dimensions that fold"):
-        x, out = activations(4, 6, 64)[:, :3], torch.empty(4, 3, 30)
         _core.matmul(x, q.codes, q.scales, q.zeros, q.scheme.key, 64, None, out)
     ternary = stored(3, 64, Scheme("ternary", 64))
     ternary.codes[1, 3] = 255
