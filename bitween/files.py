@@ -38,8 +38,8 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     The mode follows the umask. The file and its directory are on the disk on return.
     """
     path = Path(path)
-    temporary, descriptor = _new_temporary(path.parent, _open_new)
-    n_bytes = 0
+    n_bytes, n_wanted = 0, None if callable(content) else memoryview(content).nbytes
+    temporary, descriptor = _new_temporary(path, _open_new)
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             try:
@@ -52,7 +52,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
         sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _explained(error, path, n_bytes, None if callable(content) else memoryview(content).nbytes) from error
+        raise _explained(error, path, n_bytes, n_wanted) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -87,7 +87,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, descriptor = _new_temporary(path.parent, _make_directory)
+    temporary, descriptor = _new_temporary(path, _make_directory)
     try:
         yield temporary
         _push_tree(temporary)
@@ -150,16 +150,16 @@ def _make_directory(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _new_temporary(directory: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new temporary and its descriptor, locked. One that a sweep took between creation and lock is made again."""
+def _new_temporary(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new temporary beside `target` and its descriptor, locked. One that a sweep took before the lock is remade."""
     while True:
-        path = directory / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        path = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         try:
             descriptor = create(path)
-        except FileNotFoundError:
-            if directory.is_dir():
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and target.parent.is_dir():
                 continue
-            raise
+            raise _explained(error, target, 0, None) from error
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.lexists(path):
             return path, descriptor
