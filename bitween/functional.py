@@ -16,7 +16,11 @@ def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
     return _core.quantize_rtn(weight, scheme.key)
 
 
-METHODS = {"rtn": _rtn}
+def _clip(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
+    return _core.quantize_clip(weight, scheme.key, importance)
+
+
+METHODS = {"rtn": _rtn, "clip": _clip}
 
 
 def quantize(
@@ -28,8 +32,9 @@ def quantize(
     ----------
     weight : (rows, cols) float32, float16 or bfloat16, anything with __dlpack__ on the CPU
     scheme : Scheme
-    method : one of `METHODS`; "rtn" rounds to nearest on each group's range
-    importance : float32, weight's shape or (cols,), >= 0: elementwise weight on squared error
+    method : one of `METHODS`; "rtn" rounds to nearest on each group's range, "clip" on the range of least error
+    importance : float32, float16 or bfloat16, weight's shape or (cols,), >= 0: weight of each squared error;
+        where a group has none above 0, its errors count equally
     hessian : float32 (cols, cols), E[x xT] of the layer's inputs
 
     Returns

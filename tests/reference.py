@@ -78,3 +78,24 @@ def pack_zeros(zeros: np.ndarray, levels: int) -> np.ndarray:
     bits = level_bits(levels)
     stream = (zeros.astype(np.uint8)[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
     return np.packbits(stream.reshape(len(zeros), -1).astype(np.uint8), axis=1, bitorder="little")
+
+
+def weighted_error(w: np.ndarray, back: np.ndarray, importance: np.ndarray | float = 1.0) -> np.ndarray:
+    """sum of importance * (w - back)^2 of each row, float64 (rows,)."""
+    return (importance * (w.astype(np.float64) - back) ** 2).sum(1)
+
+
+def brute_force_clip(w: np.ndarray, importance: np.ndarray, scheme) -> np.ndarray:
+    """Least weighted error of each row as one group, over every fp16 scale that may serve and every zero; (rows,)."""
+    top = scheme.levels - 1
+    zeros = [scheme.zero] if scheme.symmetric else range(scheme.levels)
+    best = np.full(len(w), np.inf)
+    for row, (values, counts) in enumerate(zip(w.astype(np.float32), importance.astype(np.float64), strict=True)):
+        widest = 2 * np.abs(values).max() / (1 if scheme.symmetric and top > 2 else top)
+        first, last = np.float16([widest * 0.02, widest * 1.2]).view(np.uint16)
+        scales = np.arange(max(first, 1), last, dtype=np.uint16).view(np.float16).astype(np.float32)[:, None]
+        for zero in zeros:
+            q = np.clip(np.rint(values * (1 / scales) + np.float32(zero)), 0, top)
+            errors = (counts * (values - (q - zero) * scales.astype(np.float64)) ** 2).sum(1)
+            best[row] = min(best[row], errors.min())
+    return best

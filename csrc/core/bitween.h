@@ -2,7 +2,7 @@
  *
  * Plain C11 without Python. Rules that hold for every function:
  *   - arguments are checked before memory is touched, and then nothing is written; a failure found later, in
- *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE), leaves outputs partly written;
+ *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE, _IMPORTANCE), leaves outputs partly written;
  *   - the result is a bw_status: BW_OK (0) or a negative BW_ERR_*; nothing prints, exits or aborts;
  *   - no global mutable state besides the thread pool and the instruction set chosen at start;
  *     functions may be called from several threads at once (on different outputs);
@@ -34,7 +34,8 @@ typedef enum {
     BW_ERR_MEMORY = -6,    /* allocation failed */
     BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
     BW_ERR_CODE = -8,      /* packed data holds a value outside the scheme */
-    BW_ERR_INDEX = -9      /* an index outside its range */
+    BW_ERR_INDEX = -9,      /* an index outside its range */
+    BW_ERR_IMPORTANCE = -10 /* an importance that is negative, NaN or infinite */
 } bw_status;
 
 typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
@@ -104,6 +105,12 @@ const char *bw_blas_core(void);
  * +-mean|w|, which is the least squared error. Scales are rounded up to fp16, so that no value lies
  * further than half a step from its code. `out` points at arrays of bw_scheme_layout's sizes. */
 bw_status bw_quantize_rtn(const bw_matrix *weight, const bw_quantized *out);
+
+/* ---- clip.c ---- */
+/* Round to nearest on the range of each group that gives the least sum of importance * error^2; scale and zero are
+ * chosen together, and never do worse than bw_quantize_rtn's. importance: NULL for equal ones, or of the weight's
+ * shape (row_stride 0: one row for all), >= 0. A group whose importance is all zero counts as equal. */
+bw_status bw_quantize_clip(const bw_matrix *weight, const bw_matrix *importance, const bw_quantized *out);
 
 /* ---- encode.c ---- */
 /* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). */

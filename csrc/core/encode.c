@@ -10,5 +10,5 @@ static bw_status keep_grid(const bw_row_job *job, bw_row *row) {
 }
 
 bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out) {
-    return bw_quantize_rows(weight, out, keep_grid, NULL);
+    return bw_quantize_rows(weight, NULL, out, keep_grid, NULL);
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "alloc.h"
+#include "importance.h"
 #include "parallel.h"
 #include "scheme.h"
 
@@ -23,7 +24,9 @@ static bw_row carve_row(const frame *f, int worker) {
     char *p = f->scratch + worker * f->scratch_bytes;
     bw_row row = {0};
     row.values = (float *)p;
-    row.zeros = (float *)(p += bw_aligned(cols * 4));
+    p += bw_aligned(cols * 4);
+    if (f->job.importance) row.importance = (float *)p, p += bw_aligned(cols * 4);
+    row.zeros = (float *)p;
     row.scales = (uint16_t *)(p += bw_aligned(groups * 4));
     row.bytes = (uint8_t *)(p + bw_aligned(groups * 2));
     return row;
@@ -51,7 +54,9 @@ static void quantize_chunk(void *context, ptrdiff_t chunk, int worker) {
     for (row.index = first; row.index < end; row.index++) {
         if (atomic_load_explicit(&f->status, memory_order_relaxed)) return;
         bw_cpu()->load_row(f->job.weight, row.index, 0, f->job.out->cols, row.values);
-        bw_status status = f->job.find_grid(&f->job, &row);
+        bw_status status = BW_OK;
+        if (row.importance) status = bw_load_importance(f->job.importance, row.index, row.importance);
+        if (!status) status = f->job.find_grid(&f->job, &row);
         if (status) {
             atomic_store(&f->status, status);
             return;
@@ -60,9 +65,11 @@ static void quantize_chunk(void *context, ptrdiff_t chunk, int worker) {
     }
 }
 
-bw_status bw_quantize_rows(const bw_matrix *weight, const bw_quantized *out, bw_grid_fn find_grid, void *context) {
-    frame f = {.job = {weight, out, {0}, find_grid, context}};
+bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance, const bw_quantized *out,
+                           bw_grid_fn find_grid, void *context) {
+    frame f = {.job = {weight, importance, out, {0}, find_grid, context}};
     bw_status status = bw_check_matrix(weight);
+    if (!status) status = bw_check_importance(importance, weight);
     if (!status) status = bw_check_quantized(out, &f.job.layout);
     if (status) return status;
     if (weight->rows != out->rows || weight->cols != out->cols) return BW_ERR_SHAPE;
@@ -70,9 +77,10 @@ bw_status bw_quantize_rows(const bw_matrix *weight, const bw_quantized *out, bw_
     f.rows_per_chunk = CHUNK_VALUES / out->cols + 1;
     ptrdiff_t n_chunks = (out->rows + f.rows_per_chunk - 1) / f.rows_per_chunk;
     int n_workers = bw_n_workers(n_chunks);
-    /* cols * 8 was checked not to overflow; 16 bytes a column is the most that is needed. */
+    /* cols * 8 was checked not to overflow; 20 bytes a column is the most that is needed. */
     ptrdiff_t groups = f.job.layout.n_groups;
-    f.scratch_bytes = bw_aligned(out->cols * 4) + bw_aligned(groups * 4) + bw_aligned(groups * 2) + bw_aligned(out->cols + 8);
+    f.scratch_bytes = (importance ? 2 : 1) * bw_aligned(out->cols * 4) + bw_aligned(groups * 4) +
+                      bw_aligned(groups * 2) + bw_aligned(out->cols + 8);
     f.scratch = bw_alloc(n_workers, f.scratch_bytes);
     if (!f.scratch) return BW_ERR_MEMORY;
     bw_parallel_for(n_workers, n_chunks, quantize_chunk, &f);

@@ -10,10 +10,11 @@
 /* One row at work. All arrays are scratch of the worker. */
 typedef struct {
     ptrdiff_t index;
-    float *values;    /* cols */
-    float *zeros;     /* n_groups, as numbers */
-    uint16_t *scales; /* n_groups */
-    uint8_t *bytes;   /* max(cols, n_groups) + 8: unpacked codes or zeros */
+    float *values;     /* cols */
+    float *importance; /* cols; NULL when the job has none */
+    float *zeros;      /* n_groups, as numbers */
+    uint16_t *scales;  /* n_groups */
+    uint8_t *bytes;    /* max(cols, n_groups) + 8: unpacked codes or zeros */
 } bw_row;
 
 typedef struct bw_row_job bw_row_job;
@@ -22,14 +23,16 @@ typedef bw_status (*bw_grid_fn)(const bw_row_job *job, bw_row *row);
 
 struct bw_row_job {
     const bw_matrix *weight;
+    const bw_matrix *importance; /* NULL, or of weight's shape */
     const bw_quantized *out;
     bw_layout layout;
     bw_grid_fn find_grid;
     void *context; /* the verb's own */
 };
 
-/* Checks shapes, then runs every row: load, find_grid, encode, pack. */
-bw_status bw_quantize_rows(const bw_matrix *weight, const bw_quantized *out, bw_grid_fn find_grid, void *context);
+/* Checks shapes, then runs every row: load, find_grid, encode, pack. Importance may be NULL. */
+bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance, const bw_quantized *out,
+                           bw_grid_fn find_grid, void *context);
 
 /* Zeros of one stored row as numbers; `bytes` is scratch of n_groups + 8. BW_ERR_CODE when one is invalid. */
 bw_status bw_row_zeros(const bw_quantized *tensor, const bw_layout *layout, ptrdiff_t row, uint8_t *bytes,

@@ -7,5 +7,5 @@ static bw_status rtn_one(const bw_row_job *job, bw_row *row) {
 }
 
 bw_status bw_quantize_rtn(const bw_matrix *weight, const bw_quantized *out) {
-    return bw_quantize_rows(weight, out, rtn_one, NULL);
+    return bw_quantize_rows(weight, NULL, out, rtn_one, NULL);
 }

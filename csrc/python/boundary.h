@@ -67,6 +67,8 @@ int bw_view_expect_shape(const char *name, const bw_view *view, int ndim, const 
 int bw_view_matrix(const char *name, const bw_view *view, bw_matrix *matrix);
 /* Acquire + expect in one: a matrix of floats; a contiguous array of dtype and shape. */
 int bw_view_float_matrix(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix);
+/* An importance of a (rows, cols) weight: of its shape, or (cols,) for all rows. */
+int bw_view_importance(PyObject *object, const bw_matrix *weight, bw_view *view, bw_matrix *matrix);
 int bw_view_array(const char *name, PyObject *object, const char *dtype, int ndim, const int64_t *shape, int flags,
                   bw_view *view);
 

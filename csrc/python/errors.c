@@ -40,6 +40,11 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
         PyErr_Format(PyExc_IndexError, "%s: expected indices of existing rows; got one outside in %s", argument,
                      operation);
         break;
+    case BW_ERR_IMPORTANCE:
+        PyErr_Format(PyExc_ValueError, "importance: expected finite values >= 0; got a negative value, NaN or infinity "
+                                       "in %s",
+                     operation);
+        break;
     }
     return NULL;
 }

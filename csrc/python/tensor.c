@@ -219,6 +219,20 @@ int bw_view_float_matrix(const char *name, PyObject *object, bw_view *view, bw_m
     return bw_view_matrix(name, view, matrix);
 }
 
+int bw_view_importance(PyObject *object, const bw_matrix *weight, bw_view *view, bw_matrix *matrix) {
+    const char *name = "importance";
+    if (bw_view_acquire(name, object, 0, view)) return -1;
+    if (view->ndim == 1) { /* one row for all: a row stride of 0 */
+        view->ndim = 2;
+        view->shape[1] = view->shape[0];
+        view->strides[1] = view->strides[0];
+        view->shape[0] = weight->rows;
+        view->strides[0] = 0;
+    }
+    const int64_t shape[2] = {weight->rows, weight->cols};
+    return bw_view_matrix(name, view, matrix) || bw_view_expect_shape(name, view, 2, shape) ? -1 : 0;
+}
+
 int bw_view_array(const char *name, PyObject *object, const char *dtype, int ndim, const int64_t *shape, int flags,
                   bw_view *view) {
     if (bw_view_acquire(name, object, flags | BW_CONTIGUOUS, view)) return -1;

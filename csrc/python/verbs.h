@@ -1,5 +1,6 @@
 /* Every function of bitween._core, in the order of the method table. */
 VERB(quantize_rtn)
+VERB(quantize_clip)
 VERB(encode)
 VERB(dequantize)
 VERB(matmul)

@@ -73,11 +73,19 @@ static inline bw_vf bw_sub(bw_vf x, bw_vf y) {
 static inline bw_vf bw_mul(bw_vf x, bw_vf y) {
     return (bw_vf){_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
 }
+static inline bw_vf bw_div(bw_vf x, bw_vf y) {
+    return (bw_vf){_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
 static inline bw_vf bw_min(bw_vf x, bw_vf y) {
     return (bw_vf){_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
 }
 static inline bw_vf bw_max(bw_vf x, bw_vf y) {
     return (bw_vf){_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+/* a < b ? x : y, lane by lane. */
+static inline bw_vf bw_select_less(bw_vf a, bw_vf b, bw_vf x, bw_vf y) {
+    return (bw_vf){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+                   _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ))};
 }
 static inline bw_vf bw_rint(bw_vf x) {
     return (bw_vf){_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),

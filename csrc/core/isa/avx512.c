@@ -55,11 +55,18 @@ static inline bw_vf bw_sub(bw_vf x, bw_vf y) {
 static inline bw_vf bw_mul(bw_vf x, bw_vf y) {
     return _mm512_mul_ps(x, y);
 }
+static inline bw_vf bw_div(bw_vf x, bw_vf y) {
+    return _mm512_div_ps(x, y);
+}
 static inline bw_vf bw_min(bw_vf x, bw_vf y) {
     return _mm512_min_ps(x, y);
 }
 static inline bw_vf bw_max(bw_vf x, bw_vf y) {
     return _mm512_max_ps(x, y);
+}
+/* a < b ? x : y, lane by lane. */
+static inline bw_vf bw_select_less(bw_vf a, bw_vf b, bw_vf x, bw_vf y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 static inline bw_vf bw_rint(bw_vf x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

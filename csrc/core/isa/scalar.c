@@ -62,11 +62,18 @@ static inline bw_vf bw_sub(bw_vf a, bw_vf b) {
 static inline bw_vf bw_mul(bw_vf a, bw_vf b) {
     EACH(a.v[i] * b.v[i]);
 }
+static inline bw_vf bw_div(bw_vf a, bw_vf b) {
+    EACH(a.v[i] / b.v[i]);
+}
 static inline bw_vf bw_min(bw_vf a, bw_vf b) {
     EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
 }
 static inline bw_vf bw_max(bw_vf a, bw_vf b) {
     EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
+/* a < b ? x : y, lane by lane. */
+static inline bw_vf bw_select_less(bw_vf a, bw_vf b, bw_vf x, bw_vf y) {
+    EACH(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
 }
 static inline bw_vf bw_rint(bw_vf a) {
     EACH(rintf(a.v[i]));

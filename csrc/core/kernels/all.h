@@ -3,6 +3,7 @@
 #include "convert.h"
 #include "../codec/all.h"
 #include "rtn.h"
+#include "clip.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
     {                                                                                                        \
@@ -10,4 +11,5 @@
         .load_row = load_row, .store = store,                                                                \
         .pack = pack, .unpack = unpack,                                                                      \
         .rtn_grid = rtn_grid, .encode_row = encode_row, .decode_row = decode_row,                            \
+        .clip_grid = clip_grid,                                                                              \
     }

@@ -29,6 +29,11 @@ typedef struct {
                        const float *zeros, uint8_t *codes);
     void (*decode_row)(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
                        const float *zeros, float *out);
+
+    /* kernels/clip.h: as rtn_grid, with the least sum of importance * error^2. importance: `cols` values, >= 0 and
+     * at most about 1e20, or NULL for equal ones. */
+    bw_status (*clip_grid)(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme,
+                           const float *importance, uint16_t *scales, float *zeros);
 } bw_isa;
 
 #endif
