@@ -23,6 +23,7 @@ _PUBLIC = {
     "QuantizedTensor": "quantized_tensor",
     "Hessian": "hessian",
     "quantize": "functional",
+    "search": "functional",
     "info": "functional",
     "set_num_threads": "_threads",
     "get_num_threads": "_threads",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from . import _core
 from ._threads import follow_torch, get_num_threads
 from .quantized_tensor import QuantizedTensor, as_input
 from .scheme import Scheme
 
-__all__ = ["METHODS", "info", "quantize"]
+__all__ = ["METHODS", "info", "quantize", "search"]
 
 
 def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
@@ -54,6 +57,48 @@ def quantize(
     weight, importance, hessian = (None if t is None else as_input(t) for t in (weight, importance, hessian))
     codes, scales, zeros = METHODS[method](weight, scheme, importance, hessian)
     return QuantizedTensor(codes, scales, zeros, scheme, tuple(weight.shape))
+
+
+def search(
+    weight: Any,
+    schemes: Iterable[Scheme],
+    importance: Any = None,
+    *,
+    row_importance: Any = None,
+    ranges: str = "minmax",
+) -> np.ndarray:
+    """Squared error of a matrix under many schemes, in one pass over it.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, float16 or bfloat16, anything with __dlpack__ on the CPU
+    schemes : the candidates
+    importance : float32, float16 or bfloat16, weight's shape or (cols,), >= 0: weight of each squared error
+    row_importance : numbers (rows,), >= 0: multiplies the errors of each row
+    ranges : "minmax" (those of method "rtn") or "clip" (those of method "clip")
+
+    Returns
+    -------
+    float64 (len(schemes),)
+        sum of row_importance * importance * (weight - dequantized)^2 of each scheme;
+        the same for any number of threads
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the argument, what was expected and what came.
+    """
+    if ranges not in ("minmax", "clip"):
+        raise ValueError(f"ranges: expected 'minmax' or 'clip'; got {ranges!r}")
+    schemes = tuple(schemes)
+    for scheme in schemes:
+        if not isinstance(scheme, Scheme):
+            raise TypeError(f"schemes: expected Schemes; got {scheme!r}")
+    follow_torch()
+    weight, importance, rows = (None if t is None else as_input(t) for t in (weight, importance, row_importance))
+    if rows is not None:
+        rows = np.ascontiguousarray(rows, np.float64)
+    return _core.search(weight, tuple(s.key for s in schemes), importance, rows, ranges == "clip")
 
 
 def info() -> dict[str, Any]:

@@ -112,6 +112,13 @@ bw_status bw_quantize_rtn(const bw_matrix *weight, const bw_quantized *out);
  * shape (row_stride 0: one row for all), >= 0. A group whose importance is all zero counts as equal. */
 bw_status bw_quantize_clip(const bw_matrix *weight, const bw_matrix *importance, const bw_quantized *out);
 
+/* ---- search.c ---- */
+/* out[s] = sum row_importance * importance * (w - value)^2 under schemes[s], for all of them in one pass over the
+ * weight. Ranges are those of bw_quantize_rtn, or with `clip` of bw_quantize_clip. importance: NULL, or of the
+ * weight's shape, >= 0; row_importance: NULL, or one number >= 0 a row. */
+bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes,
+                    const bw_matrix *importance, const double *row_importance, int clip, double *out);
+
 /* ---- encode.c ---- */
 /* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). */
 bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);

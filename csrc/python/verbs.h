@@ -1,6 +1,7 @@
 /* Every function of bitween._core, in the order of the method table. */
 VERB(quantize_rtn)
 VERB(quantize_clip)
+VERB(search)
 VERB(encode)
 VERB(dequantize)
 VERB(matmul)

@@ -4,6 +4,7 @@
 #include "../codec/all.h"
 #include "rtn.h"
 #include "clip.h"
+#include "search.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
     {                                                                                                        \
@@ -12,4 +13,5 @@
         .pack = pack, .unpack = unpack,                                                                      \
         .rtn_grid = rtn_grid, .encode_row = encode_row, .decode_row = decode_row,                            \
         .clip_grid = clip_grid,                                                                              \
+        .find_ranges = find_ranges, .range_grid = range_grid, .grid_error = grid_error,                      \
     }

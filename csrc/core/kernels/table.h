@@ -34,6 +34,14 @@ typedef struct {
      * at most about 1e20, or NULL for equal ones. */
     bw_status (*clip_grid)(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme,
                            const float *importance, uint16_t *scales, float *zeros);
+
+    /* kernels/search.h: ranges of each 16 columns; min-max grids of n groups from ranges (arrays of whole vectors; not
+     * for two symmetric levels); sum m (w - value)^2 of a row, w and m padded to whole vectors, m with zeros. */
+    bw_status (*find_ranges)(const float *w, ptrdiff_t cols, float *low, float *high);
+    bw_status (*range_grid)(const float *low, const float *high, ptrdiff_t n, const bw_scheme *scheme, float *scales,
+                            float *zeros);
+    float (*grid_error)(const float *w, const float *m, ptrdiff_t cols, ptrdiff_t group, int32_t levels,
+                        const float *scales, const float *zeros);
 } bw_isa;
 
 #endif
