@@ -22,6 +22,8 @@ _PUBLIC = {
     "Scheme": "scheme",
     "QuantizedTensor": "quantized_tensor",
     "Hessian": "hessian",
+    "gptq": "gptq",
+    "GptqResult": "gptq",
     "quantize": "functional",
     "search": "functional",
     "info": "functional",

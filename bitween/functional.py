@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,21 @@ def _clip(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
     return _core.quantize_clip(weight, scheme.key, importance)
 
 
-METHODS = {"rtn": _rtn, "clip": _clip}
+def _by_hessian(sweeps: int | None) -> Callable:
+    def method(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
+        from .gptq import SWEEPS, gptq
+
+        if hessian is None:
+            raise ValueError("hessian: expected E[x xT] of the layer's inputs for this method; got None")
+        if importance is not None:
+            raise ValueError("importance: expected None for this method, which weighs errors by the hessian")
+        q = gptq(weight, scheme, hessian, sweeps=SWEEPS if sweeps is None else sweeps).quantized
+        return q.codes, q.scales, q.zeros
+
+    return method
+
+
+METHODS = {"rtn": _rtn, "clip": _clip, "gptq": _by_hessian(0), "gptq+refine": _by_hessian(None)}
 
 
 def quantize(
@@ -35,10 +49,12 @@ def quantize(
     ----------
     weight : (rows, cols) float32, float16 or bfloat16, anything with __dlpack__ on the CPU
     scheme : Scheme
-    method : one of `METHODS`; "rtn" rounds to nearest on each group's range, "clip" on the range of least error
+    method : one of `METHODS`; "rtn" rounds to nearest on each group's range, "clip" on the range of least error;
+        "gptq" rounds columns in order, each making up for the errors before it; "gptq+refine" goes on until the
+        error under the hessian stops falling
     importance : float32, float16 or bfloat16, weight's shape or (cols,), >= 0: weight of each squared error;
         where a group has none above 0, its errors count equally
-    hessian : float32 (cols, cols), E[x xT] of the layer's inputs
+    hessian : Hessian, or float32 (cols, cols): E[x xT] of the layer's inputs
 
     Returns
     -------
@@ -54,7 +70,7 @@ def quantize(
     if not isinstance(scheme, Scheme):
         raise TypeError(f"scheme: expected a Scheme; got {scheme!r}")
     follow_torch()
-    weight, importance, hessian = (None if t is None else as_input(t) for t in (weight, importance, hessian))
+    weight, importance = (None if t is None else as_input(t) for t in (weight, importance))
     codes, scales, zeros = METHODS[method](weight, scheme, importance, hessian)
     return QuantizedTensor(codes, scales, zeros, scheme, tuple(weight.shape))
 

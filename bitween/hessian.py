@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._threads import follow_torch
-from .functional import as_input
+from .quantized_tensor import as_input
 
 __all__ = ["Hessian"]
 
@@ -54,6 +54,11 @@ class Hessian:
         if reference is not None:
             _core.hessian_add(x, self._cross, as_input(reference).reshape(-1, reference.shape[-1]), weights)
         self.tokens += x.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Input features."""
+        return self._sum.shape[0]
 
     def matrix(self) -> np.ndarray:
         """The mean over tokens, float32 (n, n), both halves."""

@@ -35,7 +35,8 @@ typedef enum {
     BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
     BW_ERR_CODE = -8,      /* packed data holds a value outside the scheme */
     BW_ERR_INDEX = -9,      /* an index outside its range */
-    BW_ERR_IMPORTANCE = -10 /* an importance that is negative, NaN or infinite */
+    BW_ERR_IMPORTANCE = -10,/* an importance that is negative, NaN or infinite */
+    BW_ERR_HESSIAN = -11     /* a Hessian that is not finite and symmetric with a diagonal >= 0 */
 } bw_status;
 
 typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
@@ -140,6 +141,26 @@ bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_mat
 bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *token_weights, float *h);
 /* Copies the upper triangle of (n, n) over the lower one. */
 bw_status bw_mirror_upper(ptrdiff_t n, float *h);
+
+/* ---- gptq.c ---- */
+typedef struct {
+    double damping;        /* added to the diagonal of the Hessian, as a part of its mean; >= 0 */
+    double tolerance;      /* refinement of 64 rows stops when a sweep gains less than this part of their error */
+    int32_t sweeps;        /* refinement sweeps over all groups, at most; 0: GPTQ alone */
+    int32_t by_activation; /* 1: most active groups, and columns within, first */
+} bw_gptq_options;
+
+typedef struct {
+    double damping;     /* what the factorisation took */
+    int64_t n_dead;     /* columns with hessian[j][j] = 0 */
+    double *row_errors; /* (rows) or NULL: (w - q) H (w - q)T of each row, filled */
+} bw_gptq_report;
+
+/* GPTQ with ranges searched under its own error feedback, then refined on the same quadratic.
+ * hessian (cols, cols) fp32, symmetric, diagonal >= 0; columns whose diagonal is 0 are rounded to nearest.
+ * BW_ERR_HESSIAN, or BW_ERR_FACTOR when no damping makes it positive. */
+bw_status bw_quantize_gptq(const bw_matrix *weight, const float *hessian, const bw_gptq_options *options,
+                           const bw_quantized *out, bw_gptq_report *report);
 
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */

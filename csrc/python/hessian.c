@@ -23,7 +23,8 @@ PyObject *bw_py_hessian_add(PyObject *module, PyObject *const *args, Py_ssize_t 
     Py_BEGIN_ALLOW_THREADS
     status = bw_hessian_add(&matrix, v[2] ? &other : NULL, (const float *)weights.data, (float *)h.data);
     Py_END_ALLOW_THREADS
-    if (status) bw_raise("hessian_add", status == BW_ERR_ARGUMENT ? "weights" : status == BW_ERR_SHAPE ? "y" : "x", status);
+    const char *argument = status == BW_ERR_ARGUMENT ? "weights" : status == BW_ERR_SHAPE ? "y" : "x";
+    if (status) bw_raise("hessian_add", argument, status);
     else result = Py_NewRef(Py_None);
 done:
     bw_view_release(&x);

@@ -76,6 +76,9 @@ static inline bw_vf bw_mul(bw_vf x, bw_vf y) {
 static inline bw_vf bw_div(bw_vf x, bw_vf y) {
     return (bw_vf){_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
 }
+static inline bw_vf bw_fma(bw_vf x, bw_vf y, bw_vf z) {
+    return (bw_vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 static inline bw_vf bw_min(bw_vf x, bw_vf y) {
     return (bw_vf){_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
 }

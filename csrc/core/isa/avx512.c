@@ -58,6 +58,9 @@ static inline bw_vf bw_mul(bw_vf x, bw_vf y) {
 static inline bw_vf bw_div(bw_vf x, bw_vf y) {
     return _mm512_div_ps(x, y);
 }
+static inline bw_vf bw_fma(bw_vf x, bw_vf y, bw_vf z) {
+    return _mm512_fmadd_ps(x, y, z);
+}
 static inline bw_vf bw_min(bw_vf x, bw_vf y) {
     return _mm512_min_ps(x, y);
 }

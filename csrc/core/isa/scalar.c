@@ -65,6 +65,9 @@ static inline bw_vf bw_mul(bw_vf a, bw_vf b) {
 static inline bw_vf bw_div(bw_vf a, bw_vf b) {
     EACH(a.v[i] / b.v[i]);
 }
+static inline bw_vf bw_fma(bw_vf a, bw_vf b, bw_vf c) {
+    EACH(fmaf(a.v[i], b.v[i], c.v[i]));
+}
 static inline bw_vf bw_min(bw_vf a, bw_vf b) {
     EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
 }

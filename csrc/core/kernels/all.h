@@ -5,6 +5,7 @@
 #include "rtn.h"
 #include "clip.h"
 #include "search.h"
+#include "gptq.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
     {                                                                                                        \
@@ -14,4 +15,6 @@
         .rtn_grid = rtn_grid, .encode_row = encode_row, .decode_row = decode_row,                            \
         .clip_grid = clip_grid,                                                                              \
         .find_ranges = find_ranges, .range_grid = range_grid, .grid_error = grid_error,                      \
+        .tile_round = tile_round, .tile_try = tile_try, .tile_cost = tile_cost, .tile_aim = tile_aim,        \
+        .tile_descend = tile_descend, .tile_refit = tile_refit,                                              \
     }

@@ -8,6 +8,23 @@
 
 #include "../bitween.h"
 
+/* A tile: rows that kernels/gptq.h works on at once, one lane each. Arrays are (columns, BW_TILE_ROWS). */
+enum { BW_TILE_ROWS = 64 };
+
+typedef struct {
+    const float *weight;   /* what is approximated */
+    const float *base;     /* what each column is rounded from, before the feedback of columns before it */
+    const float *feedback; /* row k, `stride` apart: factors of the errors of columns 0 .. k-1 in column k */
+    const float *variance; /* (n): cost of a squared miss in each column */
+    ptrdiff_t stride, n;
+    float top; /* levels - 1 */
+} bw_tile;
+
+/* Scale, its inverse and zero of one group, row by row. */
+typedef struct {
+    float scales[BW_TILE_ROWS], inverses[BW_TILE_ROWS], zeros[BW_TILE_ROWS];
+} bw_tile_grid;
+
 typedef struct {
     const char *name;
     int rank;               /* higher is preferred */
@@ -42,6 +59,17 @@ typedef struct {
                             float *zeros);
     float (*grid_error)(const float *w, const float *m, ptrdiff_t cols, ptrdiff_t group, int32_t levels,
                         const float *scales, const float *zeros);
+
+    /* kernels/gptq.h; each is explained there. errors, pull, base, levels: (n, BW_TILE_ROWS). */
+    void (*tile_round)(const bw_tile *tile, const bw_tile_grid *grid, float *errors, uint8_t *codes, float *costs);
+    void (*tile_try)(const bw_tile *tile, const bw_tile_grid *start, float ratio, float shift, float *errors,
+                     bw_tile_grid *best, float *best_costs);
+    void (*tile_cost)(const bw_tile *tile, const float *errors, float *costs);
+    void (*tile_aim)(const bw_tile *tile, float *pull, float *base);
+    int (*tile_descend)(const bw_tile *tile, const float *hessian, ptrdiff_t stride, const float *pull,
+                        const bw_tile_grid *grid, float *errors, uint8_t *codes);
+    void (*tile_refit)(const bw_tile *tile, const float *hessian, ptrdiff_t stride, const float *pull,
+                       bw_tile_grid *grid, float *levels, float *errors, const uint8_t *codes);
 } bw_isa;
 
 #endif
