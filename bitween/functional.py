@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from ._threads import follow_torch, get_num_threads
 from .quantized_tensor import QuantizedTensor, as_input
 from .scheme import Scheme
 
-__all__ = ["METHODS", "info", "quantize", "search"]
+__all__ = ["METHODS", "cross_entropy", "info", "kl_divergence", "mean", "quantize", "search"]
 
 
 def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
@@ -115,6 +116,81 @@ def search(
     if rows is not None:
         rows = np.ascontiguousarray(rows, np.float64)
     return _core.search(weight, tuple(s.key for s in schemes), importance, rows, ranges == "clip")
+
+
+def _matrices(x: Any) -> list[Any]:
+    """The matrices that leading dimensions hold, as views."""
+    if x.ndim < 2:
+        return [x.reshape(1, -1)]
+    return [x] if x.ndim == 2 else [matrix for part in x for matrix in _matrices(part)]
+
+
+def cross_entropy(logits: Any, targets: Any) -> np.ndarray:
+    """Negative log-likelihood of each token.
+
+    Parameters
+    ----------
+    logits : (..., vocabulary) float32, float16 or bfloat16
+    targets : (...) integers, 0 .. vocabulary - 1
+
+    Returns
+    -------
+    float32 (tokens,), nats
+        leading dimensions flattened; the same for any number of threads. A row with NaN gives NaN for its token only.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        naming the argument, what was expected and what came.
+    """
+    follow_torch()
+    targets = np.asarray(targets)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integers; got {targets.dtype}")
+    if targets.shape != tuple(logits.shape[:-1]):
+        raise ValueError(f"targets: expected shape {tuple(logits.shape[:-1])}; got {targets.shape}")
+    targets = np.ascontiguousarray(targets.reshape(-1), np.int64)
+    losses, first = [np.empty(0, np.float32)], 0
+    for matrix in _matrices(as_input(logits)):
+        losses.append(_core.cross_entropy(matrix, targets[first : first + matrix.shape[0]]))
+        first += matrix.shape[0]
+    return np.concatenate(losses)
+
+
+def kl_divergence(reference: Any, logits: Any) -> np.ndarray:
+    """KL(softmax(reference) || softmax(logits)) of each token.
+
+    Parameters
+    ----------
+    reference, logits : (..., vocabulary) float32, float16 or bfloat16, of one shape
+
+    Returns
+    -------
+    float32 (tokens,), nats
+        leading dimensions flattened; the same for any number of threads. What has no probability in the reference
+        counts 0; what has some there and none in `logits` gives infinity; NaN stays with its token.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the argument, what was expected and what came.
+    """
+    follow_torch()
+    if tuple(reference.shape) != tuple(logits.shape):
+        raise ValueError(f"logits: expected shape {tuple(reference.shape)}; got {tuple(logits.shape)}")
+    pairs = zip(_matrices(as_input(reference)), _matrices(as_input(logits)), strict=True)
+    return np.concatenate([np.empty(0, np.float32), *(_core.kl_divergence(a, b) for a, b in pairs)])
+
+
+def mean(x: Any) -> float:
+    """Mean of a float32, float16 or bfloat16 tensor in float64, always added in the same order.
+
+    torch's own sums over a whole tensor depend on its number of threads.
+    """
+    n = math.prod(x.shape)
+    if not n:
+        raise ValueError(f"x: expected at least one number; got shape {tuple(x.shape)}")
+    return sum(_core.total(matrix) for matrix in _matrices(as_input(x))) / n
 
 
 def info() -> dict[str, Any]:

@@ -120,6 +120,16 @@ bw_status bw_quantize_clip(const bw_matrix *weight, const bw_matrix *importance,
 bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes,
                     const bw_matrix *importance, const double *row_importance, int clip, double *out);
 
+/* ---- loss.c ---- */
+/* out[t] = -log softmax(logits[t])[targets[t]]. BW_ERR_INDEX when a target is outside 0 .. cols-1. A NaN or an infinite
+ * largest logit gives NaN for that row alone, as softmax would. */
+bw_status bw_cross_entropy(const bw_matrix *logits, const int64_t *targets, float *out);
+/* out[t] = KL(softmax(reference[t]) || softmax(logits[t])) in nats; what has no probability in the reference
+ * counts 0. */
+bw_status bw_kl_divergence(const bw_matrix *reference, const bw_matrix *logits, float *out);
+/* Sum of all values in fp64, always in the same order. */
+bw_status bw_total(const bw_matrix *x, double *out);
+
 /* ---- encode.c ---- */
 /* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). */
 bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);

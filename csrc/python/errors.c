@@ -37,7 +37,7 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
                      operation);
         break;
     case BW_ERR_INDEX:
-        PyErr_Format(PyExc_IndexError, "%s: expected indices of existing rows; got one outside in %s", argument,
+        PyErr_Format(PyExc_IndexError, "%s: expected indices of rows or classes that exist; got another in %s", argument,
                      operation);
         break;
     case BW_ERR_IMPORTANCE:

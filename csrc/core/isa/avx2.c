@@ -94,6 +94,14 @@ static inline bw_vf bw_rint(bw_vf x) {
     return (bw_vf){_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                    _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+/* 2^n for whole n in -127 .. 127 (2^-127 gives 0); anything for other n. */
+static inline __m256 pow2_half(__m256 n) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+static inline bw_vf bw_pow2(bw_vf n) {
+    return (bw_vf){pow2_half(n.a), pow2_half(n.b)};
+}
 
 #define FOLD(op)                                                                                  \
     __m256 eight = _mm256_##op##_ps(x.a, x.b);                                                    \

@@ -74,6 +74,11 @@ static inline bw_vf bw_select_less(bw_vf a, bw_vf b, bw_vf x, bw_vf y) {
 static inline bw_vf bw_rint(bw_vf x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+/* 2^n for whole n in -127 .. 127 (2^-127 gives 0); anything for other n. */
+static inline bw_vf bw_pow2(bw_vf n) {
+    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
 
 #define FOLD(op)                                                                                   \
     __m256 eight = _mm256_##op##_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));      \

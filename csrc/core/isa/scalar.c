@@ -81,6 +81,10 @@ static inline bw_vf bw_select_less(bw_vf a, bw_vf b, bw_vf x, bw_vf y) {
 static inline bw_vf bw_rint(bw_vf a) {
     EACH(rintf(a.v[i]));
 }
+/* 2^n for whole n in -127 .. 127 (2^-127 gives 0); anything for other n. */
+static inline bw_vf bw_pow2(bw_vf n) {
+    EACH(n.v[i] > -127 && n.v[i] < 128 ? bw_float_of_bits((uint32_t)((int32_t)n.v[i] + 127) << 23) : 0);
+}
 
 /* Folds halves: lane i + lane i+8, then +4, +2, +1. The order that every set keeps. */
 static inline float bw_sum(bw_vf a) {

@@ -6,6 +6,7 @@
 #include "clip.h"
 #include "search.h"
 #include "gptq.h"
+#include "loss.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
     {                                                                                                        \
@@ -17,4 +18,5 @@
         .find_ranges = find_ranges, .range_grid = range_grid, .grid_error = grid_error,                      \
         .tile_round = tile_round, .tile_try = tile_try, .tile_cost = tile_cost, .tile_aim = tile_aim,        \
         .tile_descend = tile_descend, .tile_refit = tile_refit,                                              \
+        .block_max = block_max, .block_exp = block_exp, .block_kl = block_kl,                                \
     }

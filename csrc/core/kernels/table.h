@@ -70,6 +70,12 @@ typedef struct {
                         const bw_tile_grid *grid, float *errors, uint8_t *codes);
     void (*tile_refit)(const bw_tile *tile, const float *hessian, ptrdiff_t stride, const float *pull,
                        bw_tile_grid *grid, float *levels, float *errors, const uint8_t *codes);
+
+    /* kernels/loss.h: over blocks of whole vectors, padded with -infinity: the largest; sum exp(x - max); the three
+     * sums of a KL divergence, added to `sums`. */
+    float (*block_max)(const float *x, ptrdiff_t n);
+    float (*block_exp)(const float *x, ptrdiff_t n, float max);
+    void (*block_kl)(const float *a, const float *b, ptrdiff_t n, float a_max, float b_max, double *sums);
 } bw_isa;
 
 #endif
