@@ -36,42 +36,116 @@ static inline float range_step(const group_range *r, ptrdiff_t n, const bw_schem
     return up > down ? up : down;
 }
 
+/* range_step of sixteen groups. */
+static inline bw_vf range_steps(bw_vf low, bw_vf high, const bw_scheme *scheme) {
+    float top = (float)(scheme->levels - 1), zero = bw_symmetric_zero(scheme->levels);
+    if (!scheme->symmetric) return bw_sub(bw_div(high, bw_set(top)), bw_div(low, bw_set(top)));
+    return bw_max(bw_div(high, bw_set(top - zero)), bw_div(low, bw_set(-zero)));
+}
+
+/* Sixteen steps to fp16, upwards, as bw_to_f16_up does; at least the smallest fp16 number. */
+static inline bw_vf round_up(bw_vf step) {
+    uint16_t half[16];
+    bw_vf least = bw_set(0x1p-24f);
+    bw_store_f16(half, bw_max(step, least));
+    bw_vf near = bw_load_f16(half);
+    /* Three quarters of a unit further rounds to the next number. */
+    bw_store_f16(half, bw_add(near, bw_max(bw_mul(near, bw_set(0x1.8p-11f)), bw_mul(least, bw_set(0.75f)))));
+    return bw_select_less(near, step, bw_load_f16(half), near);
+}
+
+/* Scales and zeros of sixteen groups from their steps and lower ends. */
+static inline void step_grid(bw_vf step, bw_vf low, const bw_scheme *scheme, float *scales, float *zeros) {
+    bw_vf scale = round_up(step), zero = bw_set(bw_symmetric_zero(scheme->levels));
+    if (!scheme->symmetric) {
+        zero = bw_rint(bw_mul(bw_sub(bw_set(0), low), bw_div(bw_set(1.0f), scale)));
+        zero = bw_min(zero, bw_set((float)(scheme->levels - 1)));
+    }
+    bw_store(scales, scale);
+    bw_store(zeros, zero);
+}
+
+/* Ends of a range alone; `poison` becomes NaN when a value is not finite. */
+static inline void find_ends(const float *w, ptrdiff_t n, float *low, float *high, bw_vf *poison) {
+    bw_vf zero = bw_set(0), least = zero, most = zero;
+    ptrdiff_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        bw_vf v = bw_load(w + i);
+        least = bw_min(least, v);
+        most = bw_max(most, v);
+        *poison = bw_add(*poison, bw_mul(v, zero));
+    }
+    if (i < n) {
+        float tail[16] = {0};
+        memcpy(tail, w + i, (size_t)(n - i) * 4);
+        bw_vf v = bw_load(tail);
+        least = bw_min(least, v);
+        most = bw_max(most, v);
+        *poison = bw_add(*poison, bw_mul(v, zero));
+    }
+    *low = bw_reduce_min(least);
+    *high = bw_reduce_max(most);
+}
+
+/* Up to sixteen groups at a time: their ranges one by one, their grids in lanes. */
 static bw_status rtn_grid(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme, uint16_t *scales,
                           float *zeros) {
-    for (ptrdiff_t g = 0, first = 0; first < cols; g++, first += group) {
-        ptrdiff_t n = cols - first < group ? cols - first : group;
-        group_range r = find_range(w + first, n);
-        if (!r.finite) return BW_ERR_NONFINITE;
-        float step = range_step(&r, n, scheme);
-        if (!(step <= 65504.0f)) return BW_ERR_RANGE;
-        uint16_t scale = bw_to_f16_up(step);
-        if (!scale) scale = 1; /* an all-zero group: any step serves, the smallest fp16 number is > 0 */
-        scales[g] = scale;
-        if (scheme->symmetric) zeros[g] = bw_symmetric_zero(scheme->levels);
-        else {
-            float zero = rintf(-r.low * (1.0f / bw_from_f16(scale))), top = (float)(scheme->levels - 1);
-            zeros[g] = zero < top ? zero : top;
+    int mean = scheme->symmetric && scheme->levels == 2;
+    for (ptrdiff_t first = 0; first < cols; scales += 16, zeros += 16) {
+        float low[16] = {0}, high[16] = {0}, found_zeros[16], found[16];
+        uint16_t halves[16];
+        bw_vf poison = bw_set(0);
+        int k = 0;
+        for (; k < 16 && first < cols; k++, first += group) {
+            ptrdiff_t n = cols - first < group ? cols - first : group;
+            find_ends(w + first, n, &low[k], &high[k], &poison);
+            if (!mean) continue;
+            group_range r = find_range(w + first, n);
+            high[k] = range_step(&r, n, scheme);
         }
+        float bad = bw_sum(poison);
+        if (bad != bad) return BW_ERR_NONFINITE;
+        bw_vf l = bw_load(low), h = bw_load(high), step = mean ? h : range_steps(l, h, scheme);
+        if (!(bw_reduce_max(step) <= 65504.0f)) return BW_ERR_RANGE;
+        step_grid(step, l, scheme, found, found_zeros);
+        bw_store_f16(halves, bw_load(found));
+        memcpy(scales, halves, (size_t)k * 2);
+        memcpy(zeros, found_zeros, (size_t)k * 4);
     }
     return BW_OK;
 }
 
+/* Steps of up to sixteen groups as fp32, and their inverses. */
+static inline void load_scales(const uint16_t *scales, ptrdiff_t n, float *steps, float *inverses) {
+    uint16_t halves[16] = {0};
+    memcpy(halves, scales, (size_t)(n < 16 ? n : 16) * 2);
+    bw_vf step = bw_load_f16(halves);
+    bw_store(steps, step);
+    bw_store(inverses, bw_div(bw_set(1.0f), step));
+}
+
+static inline bw_vf encode_lanes(const float *p, bw_vf inverse, bw_vf zero, bw_vf top) {
+    bw_vf q = bw_add(bw_mul(bw_load(p), inverse), zero);
+    return bw_min(bw_max(bw_rint(q), bw_set(0)), top);
+}
+
 static void encode_row(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t levels, const uint16_t *scales,
                        const float *zeros, uint8_t *codes) {
-    bw_vf bottom = bw_set(0), top = bw_set((float)(levels - 1));
-    for (ptrdiff_t g = 0, first = 0; first < cols; g++, first += group) {
-        ptrdiff_t n = cols - first < group ? cols - first : group, i = 0;
-        bw_vf inverse = bw_set(1.0f / bw_from_f16(scales[g])), zero = bw_set(zeros[g]);
-        const float *p = w + first;
-        for (; i < n; i += 16) {
+    bw_vf top = bw_set((float)(levels - 1));
+    ptrdiff_t n_groups = (cols + group - 1) / group;
+    float steps[16], inverses[16];
+    for (ptrdiff_t g = 0, i = 0; g < n_groups; g++) {
+        if (g % 16 == 0) load_scales(scales + g, n_groups - g, steps, inverses);
+        ptrdiff_t end = cols - i < group ? cols : i + group;
+        bw_vf inverse = bw_set(inverses[g % 16]), zero = bw_set(zeros[g]);
+        for (; i + 16 <= end; i += 16) bw_store_u8(codes + i, encode_lanes(w + i, inverse, zero, top));
+        if (i < end) {
             float tail[16] = {0};
             uint8_t last[16];
-            int whole = n - i >= 16;
-            if (!whole) memcpy(tail, p + i, (size_t)(n - i) * 4);
-            bw_vf q = bw_add(bw_mul(bw_load(whole ? p + i : tail), inverse), zero);
-            q = bw_min(bw_max(bw_rint(q), bottom), top);
-            bw_store_u8(whole ? codes + first + i : last, q);
-            if (!whole) memcpy(codes + first + i, last, (size_t)(n - i));
+            memcpy(tail, w + i, (size_t)(end - i) * 4);
+            bw_store_u8(last, encode_lanes(tail, inverse, zero, top));
+            memcpy(codes + i, last, (size_t)(end - i));
+            i = end;
         }
     }
 }

@@ -12,35 +12,15 @@ static bw_status find_ranges(const float *w, ptrdiff_t cols, float *low, float *
     return BW_OK;
 }
 
-/* Sixteen steps to fp16, upwards, as bw_to_f16_up does; at least the smallest fp16 number. */
-static inline bw_vf round_up(bw_vf step) {
-    uint16_t half[16];
-    bw_vf least = bw_set(0x1p-24f);
-    bw_store_f16(half, bw_max(step, least));
-    bw_vf near = bw_load_f16(half);
-    /* Three quarters of a unit further rounds to the next number. */
-    bw_store_f16(half, bw_add(near, bw_max(bw_mul(near, bw_set(0x1.8p-11f)), bw_mul(least, bw_set(0.75f)))));
-    return bw_select_less(near, step, bw_load_f16(half), near);
-}
-
 /* Min-max grids of n groups from their ranges, as rtn_grid finds them; not for two symmetric levels, whose step is a
  * mean. Arrays hold whole vectors of 16. */
 static bw_status range_grid(const float *low, const float *high, ptrdiff_t n, const bw_scheme *scheme, float *scales,
                             float *zeros) {
-    float last = (float)(scheme->levels - 1), fixed = bw_symmetric_zero(scheme->levels);
-    bw_vf top = bw_set(last), up = bw_set(last - fixed), down = bw_set(-fixed), widest = bw_set(0);
+    bw_vf widest = bw_set(0);
     for (ptrdiff_t i = 0; i < n; i += 16) {
-        bw_vf l = bw_load(low + i), h = bw_load(high + i), step, zero = bw_set(fixed);
-        if (scheme->symmetric) step = bw_max(bw_div(h, up), bw_div(l, down));
-        else step = bw_sub(bw_div(h, top), bw_div(l, top));
+        bw_vf l = bw_load(low + i), step = range_steps(l, bw_load(high + i), scheme);
         widest = bw_max(widest, step);
-        bw_vf scale = round_up(step);
-        if (!scheme->symmetric) {
-            bw_vf inverse = bw_div(bw_set(1.0f), scale);
-            zero = bw_min(bw_rint(bw_mul(bw_sub(bw_set(0), l), inverse)), top);
-        }
-        bw_store(scales + i, scale);
-        bw_store(zeros + i, zero);
+        step_grid(step, l, scheme, scales + i, zeros + i);
     }
     return bw_reduce_max(widest) <= 65504.0f ? BW_OK : BW_ERR_RANGE;
 }
