@@ -23,13 +23,21 @@ static bw_row carve_row(const frame *f, int worker) {
     ptrdiff_t cols = f->job.out->cols, groups = f->job.layout.n_groups;
     char *p = f->scratch + worker * f->scratch_bytes;
     bw_row row = {0};
-    row.values = (float *)p;
     p += bw_aligned(cols * 4);
     if (f->job.importance) row.importance = (float *)p, p += bw_aligned(cols * 4);
     row.zeros = (float *)p;
     row.scales = (uint16_t *)(p += bw_aligned(groups * 4));
     row.bytes = (uint8_t *)(p + bw_aligned(groups * 2));
     return row;
+}
+
+/* A row as fp32: in place where it is that already. */
+static const float *row_values(const bw_matrix *m, ptrdiff_t row, float *scratch) {
+    const char *data = m->data;
+    if (m->dtype == BW_F32 && m->col_stride == 1 && (uintptr_t)data % 4 == 0)
+        return (const float *)(data + row * m->row_stride * 4);
+    bw_cpu()->load_row(m, row, 0, m->cols, scratch);
+    return scratch;
 }
 
 static void write_row(const frame *f, bw_row *row) {
@@ -49,11 +57,12 @@ static void write_row(const frame *f, bw_row *row) {
 static void quantize_chunk(void *context, ptrdiff_t chunk, int worker) {
     frame *f = context;
     bw_row row = carve_row(f, worker);
+    float *scratch = (float *)(f->scratch + worker * f->scratch_bytes);
     ptrdiff_t first = chunk * f->rows_per_chunk, end = first + f->rows_per_chunk;
     if (end > f->job.out->rows) end = f->job.out->rows;
     for (row.index = first; row.index < end; row.index++) {
         if (atomic_load_explicit(&f->status, memory_order_relaxed)) return;
-        bw_cpu()->load_row(f->job.weight, row.index, 0, f->job.out->cols, row.values);
+        row.values = row_values(f->job.weight, row.index, scratch);
         bw_status status = BW_OK;
         if (row.importance) status = bw_load_importance(f->job.importance, row.index, row.importance);
         if (!status) status = f->job.find_grid(&f->job, &row);

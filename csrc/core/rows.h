@@ -7,14 +7,14 @@
 #include "cpu.h"
 #include "pack.h"
 
-/* One row at work. All arrays are scratch of the worker. */
+/* One row at work. Arrays are scratch of the worker, but for values that can be read where they are. */
 typedef struct {
     ptrdiff_t index;
-    float *values;     /* cols */
-    float *importance; /* cols; NULL when the job has none */
-    float *zeros;      /* n_groups, as numbers */
-    uint16_t *scales;  /* n_groups */
-    uint8_t *bytes;    /* max(cols, n_groups) + 8: unpacked codes or zeros */
+    const float *values; /* cols */
+    float *importance;   /* cols; NULL when the job has none */
+    float *zeros;        /* n_groups, as numbers */
+    uint16_t *scales;    /* n_groups */
+    uint8_t *bytes;      /* max(cols, n_groups) + 8: unpacked codes or zeros */
 } bw_row;
 
 typedef struct bw_row_job bw_row_job;
