@@ -1,0 +1,74 @@
+"""What every benchmark uses: alternating measurements, medians, the machine, a table and its JSON.
+
+Candidates of one claim are run in turn, A B A B, in one process, so that whatever else the machine does hits all of
+them; ratios are taken within each round, and the median of rounds is quoted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import bitween
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after one run of each to warm up."""
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(top: Sequence[float], bottom: Sequence[float]) -> float:
+    """Median over rounds of top / bottom."""
+    return statistics.median(a / b for a, b in zip(top, bottom, strict=True))
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on, and when."""
+    info = bitween.info()
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "threads": info["threads"],
+        "isa": info["isa"],
+        "blas_core": info["blas_core"],
+        "bitween": info["version"],
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def show(rows: Sequence[dict[str, object]]) -> str:
+    """Rows of equal keys as a Markdown table; floats with three figures."""
+    cells = [list(rows[0])] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def save(name: str, rows: Sequence[dict[str, object]], **settings: object) -> Path:
+    """Write results/<name>.json: machine, settings, rows."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": list(rows)}, indent=1) + "\n")
+    return path
