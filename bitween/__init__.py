@@ -12,7 +12,7 @@ import importlib
 import os
 from typing import Any
 
-from . import _core
+from . import _autoload, _core
 
 if os.environ.get("BITWEEN_ISA"):
     _core.set_isa(os.environ["BITWEEN_ISA"])
@@ -33,6 +33,10 @@ _PUBLIC = {
     "set_num_threads": "_threads",
     "get_num_threads": "_threads",
     "QuantizedLinear": "layers",
+    "CheckpointError": "checkpoint",
+    "attach": "hub",
+    "load_model": "loading",
+    "save_model": "saving",
     "QuantizedEmbedding": "layers",
 }
 
@@ -50,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_autoload.install()
