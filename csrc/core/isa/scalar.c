@@ -5,6 +5,7 @@
 #include "../float16.h"
 #include "../kernels/table.h"
 #include "../scheme.h"
+#include "bits.h"
 
 typedef struct {
     float v[16];
@@ -100,21 +101,6 @@ static inline float bw_reduce_min(bw_vf a) {
 static inline float bw_reduce_max(bw_vf a) {
     float r = a.v[0];
     for (int i = 1; i < 16; i++) r = a.v[i] > r ? a.v[i] : r;
-    return r;
-}
-
-/* Gathers the bits of x under the mask to the low end, and spreads them back. The masks of the codecs repeat
- * one field of `bits` bits in each of eight bytes. */
-static inline uint64_t bw_pext(uint64_t x, uint64_t mask) {
-    int bits = __builtin_popcountll(mask) / 8;
-    uint64_t r = 0;
-    for (int i = 7; i >= 0; i--) r = r << bits | (x >> 8 * i & mask & 255u);
-    return r;
-}
-static inline uint64_t bw_pdep(uint64_t x, uint64_t mask) {
-    int bits = __builtin_popcountll(mask) / 8;
-    uint64_t r = 0;
-    for (int i = 0; i < 8; i++) r |= (x >> bits * i & mask & 255u) << 8 * i;
     return r;
 }
 
