@@ -38,6 +38,7 @@ _PUBLIC = {
     "load_model": "loading",
     "save_model": "saving",
     "QuantizedEmbedding": "layers",
+    "Bitween": "quantizer",
 }
 
 __all__ = ["__version__", *_PUBLIC]

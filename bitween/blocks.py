@@ -97,20 +97,23 @@ class BlockRunner:
         self._contexts: dict[tuple, Context] = {}
         self._shared: dict[int, tuple[tuple[str, ...], ...]] = {}
         self._held: ExitStack | None = None
+        self._depth = 0  # of nested with statements; only the outermost restores the model
         self._plain_tail = self._plain_logits = False
         if check:
             self._check()
 
     def __enter__(self) -> Self:
-        if self._held is not None:
-            raise RuntimeError("the runner is already in use by a with statement")
-        self._held = ExitStack()
-        self._held.enter_context(settled(self.model))
+        self._depth += 1
+        if self._held is None:
+            self._held = ExitStack()
+            self._held.enter_context(settled(self.model))
         return self
 
     def __exit__(self, *exc) -> None:
-        held, self._held = self._held, None
-        held.close()
+        self._depth -= 1
+        if not self._depth:
+            held, self._held = self._held, None
+            held.close()
 
     # ---- the four steps -------------------------------------------------------------------------
 

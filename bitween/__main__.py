@@ -1,0 +1,5 @@
+"""`python -m bitween` is the command `bitween`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,251 @@
+"""How far a candidate is from the model it came from: KL, perplexity with its interval, memory.
+
+Damage is the mean over tokens of KL(reference || candidate) in nats. Products run in bfloat16 where the CPU has
+it; logits are then computed as the reference's plus what the candidate adds, so that rounding, which would drown
+small damage, cancels: base + head(h_q - h) + (W_q - W) h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import bitween
+from bitween import blocks
+
+from . import certificate
+from .context import GradualContext, Reference
+from .utils import budget_nats, perplexity_increase
+
+__all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
+
+_HEAD_TOKENS = 256  # logits held at a time
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate on one set of windows.
+
+    Attributes
+    ----------
+    damage : nats per token, mean KL(reference || candidate)
+    standard_error : nats, of `damage`, over windows
+    perplexity, reference_perplexity : of the next token
+    perplexity_increase : perplexity / reference_perplexity - 1
+    agreement : share of positions where both models rank the same token first
+    tokens : positions measured
+    """
+
+    damage: float
+    standard_error: float
+    perplexity: float
+    reference_perplexity: float
+    perplexity_increase: float
+    agreement: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        """The same as plain numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.damage:.4f} ± {self.standard_error:.4f} nats/token, perplexity {self.perplexity:.2f} "
+            f"({self.perplexity_increase:+.2%} of {self.reference_perplexity:.2f}), "
+            f"same first choice {self.agreement:.1%}, {self.tokens:,} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `GradualEvaluator.comprehensive_evaluation`: quality on held-out text and memory in bytes."""
+
+    quality: Measurement
+    memory: Any
+    certificate: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain numbers, for JSON."""
+        proof = None if self.certificate is None else self.certificate.to_dict()
+        return {"quality": self.quality.to_dict(), "memory": self.memory.to_dict(), "certificate": proof}
+
+    def __str__(self) -> str:
+        lines = [str(self.quality), str(self.memory)]
+        return "\n".join(lines if self.certificate is None else [*lines, str(self.certificate)])
+
+
+class GradualEvaluator:
+    """Compares candidates with one reference model.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The reference, in full precision.
+    context : GradualContext, optional
+        Shared with the other gradual classes; built from the remaining options otherwise.
+    **options
+        As for `GradualContext.build`: calibration_data, evaluation_samples, length, seed, ...
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, context: GradualContext | None = None, **options: Any):
+        self.context = context or GradualContext.build(model, tokenizer, **options)
+
+    def measure(self, candidate: Any = None, *, split: str = "selection", stride: int = 1) -> Measurement:
+        """KL and perplexity of a candidate model on "selection" or "certification" windows.
+
+        Parameters
+        ----------
+        candidate : model of the same tokens; default the reference itself, which shows the noise of the arithmetic
+        stride : score every stride-th position only; the head is computed for these alone
+        """
+        reference = self.context.reference(split)
+        runner = self._runner(candidate)
+        return self.measure_states(self.context.final_states(runner, reference.windows), runner, reference, stride)
+
+    def measure_states(
+        self, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int = 1
+    ) -> Measurement:
+        """The same from final states (windows, length, width) that are already computed."""
+        divergence, gain, agree = self._score(final, runner, reference, stride)
+        per_window = divergence.mean(axis=1)
+        spread = float(per_window.std(ddof=1)) if len(per_window) > 1 else math.nan
+        nll = -reference.log_likelihood[:, ::stride].double().numpy()
+        base = _mean(nll)
+        increase = _mean(gain)
+        return Measurement(
+            damage=_mean(divergence),
+            standard_error=spread / math.sqrt(len(per_window)),
+            perplexity=math.exp(min(base + increase, 700.0)),
+            reference_perplexity=math.exp(base),
+            perplexity_increase=perplexity_increase(increase),
+            agreement=float(agree.mean()),
+            tokens=int(divergence.size),
+        )
+
+    def log_ratios(self, candidate: Any, *, split: str = "certification", windows: slice = slice(None)) -> np.ndarray:
+        """ln p_reference - ln p_candidate of each next token, float64 (windows, length - 1)."""
+        part = self.context.reference(split, windows)
+        runner = self._runner(candidate)
+        return self._score(self.context.final_states(runner, part.windows), runner, part, 1)[1]
+
+    def certify(
+        self, candidate: Any, max_perplexity_increase: float, *, confidence: float = 0.95
+    ) -> certificate.Certificate:
+        """Prove on held-out documents that a candidate's perplexity increase is within the budget.
+
+        Parameters
+        ----------
+        candidate : model, or a BlockRunner over one
+        max_perplexity_increase : relative, 0.05 = 5 %
+        confidence : one-sided
+
+        Returns
+        -------
+        certificate.Certificate; text is drawn in a few looks until the answer is clear or the text ends.
+        """
+        text = self.context.text.certification
+        return certificate.certify(
+            lambda first, last: self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1),
+            [text.ids.shape[1] - 1] * len(text.ids),
+            text.document.numpy(),
+            budget=budget_nats(max_perplexity_increase),
+            confidence=confidence,
+            text=str(self.context.text.report["source"]),
+        )
+
+    def comprehensive_evaluation(
+        self, candidate: Any = None, *, max_perplexity_increase: float | None = None
+    ) -> Evaluation:
+        """Perplexity, KL and memory of a candidate on the certification text; with a budget, a certificate too."""
+        from bitween.memory import analyze_memory
+
+        target = self.context.model if candidate is None else candidate
+        proof = None if max_perplexity_increase is None else self.certify(target, max_perplexity_increase)
+        memory = analyze_memory(target, original=self.context.model)
+        return Evaluation(self.measure(target, split="certification"), memory, proof)
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _runner(self, candidate: Any) -> blocks.BlockRunner:
+        if candidate is None or candidate is self.context.model:
+            return self.context.runner
+        if isinstance(candidate, blocks.BlockRunner):
+            return candidate
+        return blocks.BlockRunner(
+            candidate, blocks.inspect(candidate), products=self.context.runner.products, check=False
+        )
+
+    def _score(
+        self, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(KL, ln p_ref - ln p_q, same first choice), each (windows, positions)."""
+        change = _HeadChange(self.context.runner, runner)
+        rows = []
+        for w, (ids, ref, cand) in enumerate(zip(reference.windows, reference.final, final, strict=True)):
+            targets = ids[1:][::stride]
+            known = reference.log_likelihood[w, ::stride]
+            scored = [
+                self._score_rows(
+                    ref[:-1][::stride][part], cand[:-1][::stride][part], targets[part], known[part], change
+                )
+                for part in _parts(len(targets))
+            ]
+            rows.append([np.concatenate(kind) for kind in zip(*scored, strict=True)])
+        return tuple(np.stack(kind).astype(np.float64) for kind in zip(*rows, strict=True))
+
+    def _score_rows(self, ref, cand, targets, known, change: _HeadChange) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        base = self.context.reference_logits(ref)
+        logits = change.logits(base, ref, cand)
+        if not torch.isfinite(cand).all():  # a candidate that overflowed has lost everything
+            lost = np.full(len(targets), math.inf)
+            return lost, lost, np.zeros(len(targets))
+        divergence = np.asarray(bitween.kl_divergence(base, logits))
+        gain = np.asarray(bitween.cross_entropy(logits, targets)) + known.numpy()
+        return divergence, gain, (base.argmax(-1) == logits.argmax(-1)).numpy()
+
+
+class _HeadChange:
+    """Logits of a candidate as the reference's plus what the candidate changes."""
+
+    def __init__(self, reference: blocks.BlockRunner, candidate: blocks.BlockRunner):
+        self.candidate = candidate
+        self.linear = reference.plain_logits and candidate.layout.head.shape == reference.layout.head.shape
+        self.delta = None
+        if self.linear and reference is not candidate:
+            self.delta = _weight_change(reference.layout.head, candidate.layout.head)
+
+    def logits(self, base: torch.Tensor, ref: torch.Tensor, cand: torch.Tensor) -> torch.Tensor:
+        """float32 (rows, vocabulary); base are the reference's logits of `ref`."""
+        with self.candidate, torch.no_grad():
+            if not self.linear:
+                return self.candidate.logits(cand, products="fp32").float()
+            added = self.candidate.logits(cand - ref).float()
+            if self.candidate.layout.head.module.bias is not None:
+                added -= self.candidate.layout.head.module.bias.float()
+        if self.delta is not None:
+            added += (ref.to(self.delta.dtype) @ self.delta.T).float()
+        return base + added
+
+
+def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Tensor | None:
+    """W_q - W of the head in bfloat16 (vocabulary, width); None when they are one and the same."""
+    weight = candidate.module.dequantize(torch.float32) if candidate.quantized else candidate.weight
+    if weight.data_ptr() == reference.weight.data_ptr():
+        return None
+    delta = (weight.float() - reference.weight.float()).to(torch.bfloat16)
+    return delta if delta.any() else None
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for first in range(0, count, _HEAD_TOKENS):
+        yield slice(first, min(first + _HEAD_TOKENS, count))
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean in float64 by one thread, so that decisions do not depend on the number of threads."""
+    return float(np.mean(values, dtype=np.float64))

@@ -1,0 +1,401 @@
+"""GradualQuantizer: a memory target and a perplexity budget in, the best model that fits both out, with the proof."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from bitween import blocks
+from bitween.memory import MemoryAnalysis, analyze_memory, model_bytes
+from bitween.report import QuantizationReport
+from bitween.scheme import Scheme
+
+from .candidate import shared_copy
+from .context import GradualContext
+from .descent import Descent, Stage
+from .importance_analyzer import ImportanceAnalyzer
+from .items import Item, Option, Plan
+from .planner import InfeasibleTarget, frontier, uniform_plans
+from .precision_optimizer import PrecisionOptimizer, Realisation
+from .scores import KEEP, candidate_schemes, to_items
+from .utils import Progress, budget_nats, check_share, no_progress
+
+__all__ = ["BudgetConflict", "GradualQuantizer"]
+
+ON_CONFLICT = ("quality", "memory", "error")
+
+
+class BudgetConflict(ValueError):
+    """Memory target and perplexity budget can't be met together; `.tradeoffs` holds the nearest choices."""
+
+    def __init__(self, message: str, tradeoffs: dict[str, Any]):
+        super().__init__(message)
+        self.tradeoffs = tradeoffs
+
+
+class GradualQuantizer:
+    """Quantizes a Hugging Face causal language model gradually.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The model stays as it is; `quantize` returns a new one that shares its unquantized weights.
+    target_memory_reduction : share of the model's bytes to save, between 0 and 1
+    max_perplexity_increase : relative, 0.05 = 5 %
+    safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
+        never loosened.
+    calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most
+    calibration_data : path, list of strings, (windows, length) token ids, name of a dataset; default the
+        text that comes with bitween
+    ignore_layers : names or patterns (fnmatch) of layers to leave alone
+    on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
+        "memory" the best one at the memory target, "error" raises BudgetConflict
+    export_target : "any", "vllm", "marlin" or "gguf": only schemes that this target runs are considered
+    schemes : candidates, default 2 to 8 bits, groups of 32 to 128, symmetric and not
+    method : quantizer of layers below 8 bits
+    transforms : "auto" rotates and folds where the architecture allows it, "none" leaves the weights' basis alone
+    importance : also measure the four importance methods on every block, for the report
+    confidence : of the proof, one-sided
+    certify : prove the budget on held-out text
+    seed : of everything random; the same seed gives the same result
+    progress : called with (stage, done, total, message)
+
+    Raises
+    ------
+    TypeError, ValueError
+        At once, before any work, naming the argument; InfeasibleTarget when no scheme reaches the memory target.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        target_memory_reduction: float = 0.6,
+        max_perplexity_increase: float = 0.05,
+        safety_multiplier: float = 2.0,
+        calibration_samples: int = 100,
+        evaluation_samples: int = 200,
+        calibration_data: Any = None,
+        ignore_layers: Iterable[str] = (),
+        on_conflict: str = "quality",
+        export_target: str = "any",
+        seed: int = 0,
+        *,
+        schemes: Sequence[Scheme] | None = None,
+        method: str = "gptq+refine",
+        transforms: str = "auto",
+        importance: bool = True,
+        confidence: float = 0.95,
+        certify: bool = True,
+        sequence_length: int = 512,
+        stages: int = 3,
+        progress: Progress = no_progress,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.target_memory_reduction = check_share("target_memory_reduction", target_memory_reduction)
+        self.max_perplexity_increase = check_share("max_perplexity_increase", max_perplexity_increase)
+        self.confidence = check_share("confidence", confidence)
+        self.safety_multiplier = _check_at_least("safety_multiplier", safety_multiplier, 1.0)
+        self.calibration_samples = int(_check_at_least("calibration_samples", calibration_samples, 1))
+        self.evaluation_samples = int(_check_at_least("evaluation_samples", evaluation_samples, 1))
+        self.sequence_length = int(_check_at_least("sequence_length", sequence_length, 8))
+        self.stages = int(_check_at_least("stages", stages, 1))
+        if on_conflict not in ON_CONFLICT:
+            raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {on_conflict!r}")
+        if transforms not in ("auto", "none"):
+            raise ValueError(f'transforms: expected "auto" or "none"; got {transforms!r}')
+        if tokenizer is None and not isinstance(calibration_data, torch.Tensor):
+            raise TypeError(
+                "tokenizer: expected a tokenizer, since calibration_data is no tensor of token ids; got None"
+            )
+        self.calibration_data, self.on_conflict = calibration_data, on_conflict
+        self.export_target, self.method, self.transforms = export_target, method, transforms
+        self.seed, self.progress = int(seed), progress
+        self.measure_importance, self.certify = importance, certify
+        self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
+        self.schemes = tuple(schemes or candidate_schemes())
+        self.layout = blocks.inspect(model)
+        blocks.check_finite(model)
+        self._dtype = self.layout.embedding.module.weight.dtype
+        self._check_reach()
+        self._report: QuantizationReport | None = None
+        self._seconds: dict[str, float] = {}
+
+    # ---- public ----------------------------------------------------------------------------------
+
+    def quantize(self) -> Any:
+        """Quantize; returns the new model. The model given stays untouched, also when this fails."""
+        started = time.monotonic()
+        base, transforms = self._prepare()
+        context = self._timed("text", lambda: self._build_context(base))
+        analyzer = ImportanceAnalyzer(base, self.tokenizer, context=context, progress=self.progress)
+        curvature = self._timed("curvature", analyzer.analyze_curvature)
+        scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
+        importance = self._timed("importance", analyzer.analyze_block_importance) if self.measure_importance else None
+        optimizer = PrecisionOptimizer(
+            base,
+            self.tokenizer,
+            method=self.method,
+            importance=_column_importance(context, curvature),
+            calibration_windows=self.calibration_samples,
+            context=context,
+            progress=self.progress,
+        )
+        front = frontier(self._items(to_items(scores)))
+        descent = Descent(front, self._realiser(optimizer), self.budget, self.safety_multiplier)
+        chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
+        chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
+        proof = None
+        if self.certify:
+            prove = partial(self._prove, chosen, conflict, descent, optimizer)
+            chosen, proof, conflict = self._timed("certificate", prove)
+        optimizer.restore(chosen.realisation)
+        model = optimizer.candidate.install(self._dtype)
+        self._seconds["total"] = time.monotonic() - started
+        self._report = self._make_report(
+            model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
+        )
+        model.bitween_report = self._report
+        return model
+
+    @property
+    def budget(self) -> float:
+        """ln(1 + max_perplexity_increase), nats per token."""
+        return budget_nats(self.max_perplexity_increase)
+
+    def get_quantization_report(self) -> QuantizationReport:
+        """The report of the last `quantize`."""
+        if self._report is None:
+            raise RuntimeError("get_quantization_report: expected quantize() to have been called")
+        return self._report
+
+    def get_memory_analysis(self) -> MemoryAnalysis:
+        """Bytes by layer and block; before `quantize` those of the model as it is."""
+        return self._report.memory if self._report else analyze_memory(self.model)
+
+    def preflight(self) -> dict[str, Any]:
+        """Sizes before anything is measured: bytes now, at the target, the least reachable; layers left alone."""
+        least = sum(min(o.nbytes for o in item.options) for item in self._size_items())
+        fixed = self._fixed_bytes()
+        return {
+            "bytes": self._original_bytes,
+            "target_bytes": self._byte_limit,
+            "least_bytes": least + fixed,
+            "fixed_bytes": fixed,
+            "layers": len(self.layout.layers),
+            "ignored_layers": [x.name for x in self.layout.layers if self._ignored(x)],
+            "tied": self.layout.tied,
+            "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
+        }
+
+    # ---- before ----------------------------------------------------------------------------------
+
+    def _check_reach(self) -> None:
+        self._original_bytes = model_bytes(self.model)
+        self._byte_limit = int(self._original_bytes * (1 - self.target_memory_reduction))
+        sizes = self.preflight()
+        if sizes["least_bytes"] > self._byte_limit:
+            reach = 1 - sizes["least_bytes"] / self._original_bytes
+            raise InfeasibleTarget(
+                f"target_memory_reduction: expected at most {reach:.3f}, since the smallest schemes allowed need "
+                f"{sizes['least_bytes']:,} of {self._original_bytes:,} bytes; got {self.target_memory_reduction}",
+                sizes["least_bytes"],
+                "bytes",
+            )
+
+    def _fixed_bytes(self) -> int:
+        """Bytes of everything that is no layer: norms, biases, buffers."""
+        return self._original_bytes - sum(layer.nbytes for layer in self.layout.layers)
+
+    def _ignored(self, layer: blocks.Layer) -> bool:
+        names = (layer.name, *layer.shared)
+        return not layer.plain or any(fnmatch.fnmatch(n, p) or n == p for n in names for p in self.ignore_layers)
+
+    def _size_items(self) -> list[Item]:
+        items = []
+        for layer in self.layout.layers:
+            options = [Option(KEEP, layer.nbytes, 0.0)]
+            if not self._ignored(layer):
+                options += [Option(scheme, scheme.nbytes(*layer.shape), 1.0) for scheme in self.schemes]
+            items.append(Item(layer.name, tuple(options)))
+        return items
+
+    def _items(self, items: list[Item]) -> list[Item]:
+        """What may be planned: ignored layers keep what they are, and sizes are those of the user's own dtype."""
+        found = []
+        for item in items:
+            layer = self.layout.layer(item.name)
+            kept = layer.shape[0] * layer.shape[1] * self._dtype.itemsize
+            options = [o for o in item.options if o.key is not KEEP and not self._ignored(layer)]
+            found.append(Item(item.name, (*options, Option(KEEP, kept, 0.0))))
+        return found
+
+    def _prepare(self) -> tuple[Any, dict[str, Any]]:
+        """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
+        base = shared_copy(self.model)
+        for parameter in base.parameters():  # tied weights stay tied: they are one parameter
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        if self.transforms == "none":
+            return base, {"steps": [], "skipped": {}}
+        from bitween.transforms import apply, plan_transforms
+
+        layout = blocks.inspect(base)
+        steps = ("scale",) if self.method in ("rtn", "clip") else ("rotate",)  # rotation needs error feedback to pay
+        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
+        return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
+
+    def _build_context(self, base: Any) -> GradualContext:
+        return GradualContext.build(
+            base,
+            self.tokenizer,
+            calibration_data=self.calibration_data,
+            calibration_samples=self.calibration_samples,
+            evaluation_samples=self.evaluation_samples,
+            length=self.sequence_length,
+            seed=self.seed,
+            progress=self.progress,
+        )
+
+    # ---- the descent -----------------------------------------------------------------------------
+
+    def _realiser(self, optimizer: PrecisionOptimizer):
+        def realise(name: str, plan: Plan) -> Realisation:
+            return optimizer.realise(plan.schemes, stage=name)
+
+        return realise
+
+    def _layer_limit(self) -> int:
+        return self._byte_limit - self._fixed_bytes()
+
+    def _descend(self, descent: Descent, optimizer: PrecisionOptimizer) -> tuple[Stage, str | None]:
+        """The stage that stands, and why not both targets are met, if so."""
+        limit = self._layer_limit()
+        eight = sum(
+            Scheme(8, 128, True).nbytes(*x.shape) if not self._ignored(x) else x.nbytes for x in self.layout.layers
+        )
+        stage = descent.walk(max(eight, limit), limit, self.stages)
+        if stage is not None and stage.accepted:
+            return stage, None
+        if self.on_conflict == "memory":
+            stage = stage or descent.try_plan("memory target", descent.frontier.within_bytes(limit))
+            return stage, None if stage.accepted else "the memory target was kept, the perplexity budget was not"
+        found = descent.smallest_within_budget(limit)
+        if self.on_conflict == "error":
+            needs = f"{found.nbytes / 2**20:.1f} MiB" if found else "more than 8 bits"
+            raise BudgetConflict(
+                f"at {limit / 2**20:.1f} MiB of layers the perplexity budget of {self.max_perplexity_increase:.1%} "
+                f"does not hold; it needs {needs}",
+                {"stages": _stages(descent)},
+            )
+        if found is None:
+            safest = max(descent.stages, key=lambda s: s.nbytes)
+            return safest, "no plan tried holds the perplexity budget; this is the most careful one"
+        return found, "the perplexity budget was kept, the memory target was not"
+
+    def _not_worse_than_uniform(self, chosen: Stage, descent: Descent) -> tuple[Stage, dict[str, Any] | None]:
+        """Measure the best uniform scheme of at most the same bytes, and take it should it be better."""
+        fitting = {
+            key: plan
+            for key, plan in uniform_plans(descent.frontier.items).items()
+            if key and plan.nbytes <= chosen.nbytes
+        }
+        if not fitting:
+            return chosen, None
+        key = min(fitting, key=lambda k: (fitting[k].damage, str(k)))
+        stage = descent.try_plan(f"uniform {key}", fitting[key])
+        better = stage.damage < chosen.damage
+        text = f"{key}, {stage.nbytes / 2**20:.1f} MiB, KL {stage.damage:.4f}" + (" (taken)" if better else "")
+        return (stage if better else chosen), {"scheme": str(key), **stage.to_dict(), "text": text}
+
+    def _prove(
+        self, chosen: Stage, conflict: str | None, descent: Descent, optimizer: PrecisionOptimizer
+    ) -> tuple[Stage, Any, str | None]:
+        """Test from the safest stage to the chosen one on held-out text; what fails is not returned as proven."""
+        safer = [s for s in descent.stages if s.accepted and s.nbytes > chosen.nbytes]
+        sequence = [*sorted(safer, key=lambda s: -s.nbytes)[-1:], chosen]
+        accepted, last = None, None
+        for stage in sequence:
+            optimizer.restore(stage.realisation)
+            last = optimizer.evaluator.certify(
+                optimizer.runner, self.max_perplexity_increase, confidence=self.confidence
+            )
+            if last.verdict != "accepted":
+                break
+            accepted = stage, last
+        if accepted is not None and (accepted[0] is chosen or self.on_conflict == "quality"):
+            stage, proof = accepted
+            if stage is not chosen:
+                conflict = "the memory target's model could not be proven within the budget; this larger one could"
+            return stage, proof, conflict
+        if self.on_conflict == "error":
+            raise BudgetConflict(f"the budget could not be proven: {last}", {"stages": _stages(descent)})
+        return chosen, last, conflict or "the perplexity budget could not be proven on held-out text"
+
+    # ---- after -----------------------------------------------------------------------------------
+
+    def _make_report(
+        self, model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
+    ) -> QuantizationReport:
+        weights = sum(x.shape[0] * x.shape[1] for x in context.layout.layers)
+        targets = {
+            "memory_reduction": self.target_memory_reduction,
+            "perplexity_increase": self.max_perplexity_increase,
+            "confidence": self.confidence,
+            "on_conflict": self.on_conflict,
+            "export_target": self.export_target,
+            "method": self.method,
+            "seed": self.seed,
+            "average_bits": 8 * chosen.nbytes / weights,
+        }
+        certificate = None if proof is None else {**proof.to_dict(), "text_line": str(proof)}
+        near = None
+        if conflict:
+            points = [{"nbytes": s.nbytes, "damage": s.damage, "increase": s.increase} for s in descent.stages]
+            near = {"text": conflict, "measured": points}
+        return QuantizationReport(
+            targets=targets,
+            memory=analyze_memory(model, self.model),
+            quality=chosen.realisation.measurement.to_dict(),
+            certificate=certificate,
+            plan={name: "kept" if scheme is None else str(scheme) for name, scheme in chosen.realisation.plan.items()},
+            stages=_stages(descent),
+            frontier=front.points(200),
+            importance=None if importance is None else importance.to_dict(),
+            text=context.text.report,
+            transforms=transforms,
+            conflict=near,
+            uniform=uniform,
+            seconds=dict(self._seconds),
+        )
+
+    def _timed(self, name: str, work):
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def _column_importance(context: GradualContext, curvature: Mapping) -> dict[str, Any]:
+    """Column weights for the one layer that has no Hessian of its own, the embedding."""
+    name = context.layout.embedding.name
+    moment = curvature[name].moment
+    return {} if moment is None else {name: torch.from_numpy(moment).float()}
+
+
+def _stages(descent: Descent) -> list[dict[str, Any]]:
+    return [stage.to_dict() for stage in descent.stages]
+
+
+def _check_at_least(name: str, value: Any, least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {value!r}")
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least:g}; got {value!r}")
+    return value

@@ -1,0 +1,329 @@
+"""PrecisionOptimizer: turns plans into quantized layers, block by block, and takes back what does not hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import bitween
+from bitween import blocks
+from bitween.quantized_tensor import QuantizedTensor
+from bitween.scheme import Scheme
+
+from .candidate import Candidate
+from .context import GradualContext
+from .evaluator import GradualEvaluator, Measurement
+from .probe import Probe
+from .utils import Progress, no_progress
+
+__all__ = ["PrecisionOptimizer", "Realisation", "Step"]
+
+LADDER = (8, 4, 2)
+BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
+GROUP_SIZES = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One trial on a block.
+
+    Attributes
+    ----------
+    block : name
+    target_bits, group_size, method : what was tried; target_bits 16 means "left as it was"
+    damage : nats of KL per token with the block so, all others untouched
+    nbytes : of the block's layers
+    accepted : damage is within the threshold
+    """
+
+    block: str
+    target_bits: float
+    group_size: int
+    method: str
+    damage: float
+    nbytes: int
+    accepted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the journal."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Realisation:
+    """A plan made real.
+
+    Attributes
+    ----------
+    plan : {layer: Scheme or None}
+    stored : {layer: QuantizedTensor}
+    nbytes : of all layers, quantized or not
+    seconds : spent
+    measurement : on the selection text, None when it was not wanted
+    """
+
+    plan: dict[str, Scheme | None]
+    stored: dict[str, QuantizedTensor] = field(repr=False)
+    nbytes: int
+    seconds: float
+    measurement: Measurement | None
+
+
+class PrecisionOptimizer:
+    """Realises plans and walks single blocks down in precision.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Full precision; never changed. `candidate.model` is the copy at work.
+    method : quantizer of layers below 8 bits; see `bitween.quantize`
+    calibration_windows : windows that feed the Hessians, at most
+    importance : {layer: float32 importance}, for layers without a Hessian (the embedding)
+    context : GradualContext, optional
+        Shared with the other gradual classes; built from **options otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        method: str = "gptq+refine",
+        calibration_windows: int = 48,
+        importance: Mapping[str, np.ndarray] | None = None,
+        context: GradualContext | None = None,
+        progress: Progress = no_progress,
+        **options: Any,
+    ):
+        self.context = context or GradualContext.build(model, tokenizer, progress=progress, **options)
+        self.evaluator = GradualEvaluator(model, tokenizer, context=self.context)
+        self.method = method
+        self.importance = dict(importance or {})
+        self.progress = progress
+        self.candidate = Candidate(self.context.model, self.context.layout)
+        self._windows = self.context.text.calibration.ids[:calibration_windows]
+        self._probe: Probe | None = None
+        self._runner: blocks.BlockRunner | None = None
+
+    @property
+    def runner(self) -> blocks.BlockRunner:
+        """Runs the candidate."""
+        if self._runner is None:
+            layout = blocks.inspect(self.candidate.model)
+            self._runner = blocks.BlockRunner(
+                self.candidate.model, layout, products=self.context.runner.products, check=False
+            )
+        return self._runner
+
+    # ---- whole plans -----------------------------------------------------------------------------
+
+    def realise(
+        self, plan: Mapping[str, Scheme | None], *, stage: str = "quantizing", measure: bool = True
+    ) -> Realisation:
+        """Quantize every layer of the plan in the order of execution and measure the result.
+
+        Each block's Hessians come from the blocks before it as quantized. Layers that the plan
+        leaves out, or gives None, keep their original weight.
+        """
+        started = time.monotonic()
+        layout = self.context.layout
+        self._check_plan(plan)
+        self.candidate.restore_all()
+        for layer in (layout.embedding, *layout.others):
+            if plan.get(layer.name) is not None:
+                self._quantize(layer, plan[layer.name], None)
+        runner = self.runner
+        with runner:
+            batches = [runner.embed(part) for part in self.context.batches(self._windows)]
+            states, calls = [s for s, _ in batches], [c for _, c in batches]
+            for i, block in enumerate(layout.blocks):
+                self._quantize_block(i, plan, states, calls)
+                self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
+            self._quantize_head(plan, states)
+        self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
+        measurement = self.evaluator.measure(self.runner) if measure else None
+        stored = dict(self.candidate.stored)
+        nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
+        return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
+
+    def restore(self, realisation: Realisation) -> None:
+        """Put the candidate back into the state that a realisation left, bit for bit."""
+        self.candidate.restore_all()
+        for name, tensor in realisation.stored.items():
+            self.candidate.put(self.context.layout.layer(name), tensor)
+
+    def _check_plan(self, plan: Mapping[str, Scheme | None]) -> None:
+        known = {layer.name for layer in self.context.layout.layers}
+        if unknown := sorted(set(plan) - known):
+            raise ValueError(f"plan: expected layers of the model; got {unknown[0]!r}")
+
+    def _quantize_block(self, i: int, plan: Mapping[str, Scheme | None], states: list, calls: list) -> None:
+        """Groups of layers that read one tensor, in order of execution; each sees the ones before it quantized."""
+        runner, block = self.runner, self.context.layout.blocks[i]
+        layers = {layer.name: layer for layer in block.layers if plan.get(layer.name) is not None}
+        for names in self.context.runner.shared_inputs(i):
+            wanted = [name for name in names if name in layers]
+            if not wanted:
+                continue
+            hessian = None
+            if any(self._method_of(plan[name]) not in ("rtn", "clip") for name in wanted):
+                hessian = self._hessian(i, wanted, states, calls)
+            for name in wanted:
+                self._quantize(layers[name], plan[name], hessian)
+        for k, call in enumerate(calls):
+            states[k] = runner.run_block(i, states[k], call)
+
+    def _hessian(self, i: int, names: Sequence[str], states: list, calls: list) -> bitween.Hessian | None:
+        total = None
+        for state, call in zip(states, calls, strict=True):
+            _, inputs = self.runner.capture_inputs(i, state, call, names)
+            for x in inputs.values():
+                total = total or bitween.Hessian(x.shape[-1])
+                total.add(x)
+                break
+        return total
+
+    def _quantize_head(self, plan: Mapping[str, Scheme | None], states: list) -> None:
+        layout = self.context.layout
+        scheme = None if layout.tied else plan.get(layout.head.name)
+        if scheme is None:
+            return
+        total = bitween.Hessian(layout.head.shape[1])
+        for state in states:
+            total.add(self.runner.final(state).float().reshape(-1, layout.head.shape[1]))
+        self._quantize(layout.head, scheme, total)
+
+    def _method_of(self, scheme: Scheme) -> str:
+        return "rtn" if scheme.bits >= 8 else self.method
+
+    def _quantize(self, layer: blocks.Layer, scheme: Scheme, hessian: bitween.Hessian | None) -> None:
+        method = self._method_of(scheme)
+        if method == "rtn":
+            tensor = bitween.quantize(layer.weight, scheme)
+        elif hessian is None or hessian.tokens == 0:  # an embedding, or an expert that the text never reached
+            tensor = bitween.quantize(layer.weight, scheme, method="clip", importance=self.importance.get(layer.name))
+        else:
+            tensor = bitween.quantize(layer.weight, scheme, method=method, hessian=hessian)
+        self.candidate.put(layer, tensor)
+
+    # ---- single blocks ---------------------------------------------------------------------------
+
+    def progressive_block_quantization(self, block_name: str, threshold: float) -> list[Step]:
+        """Lower one block's precision as far as its damage allows: 8 → 4 → 2 bits, then widths in between.
+
+        At each width groups of 128 → 64 → 32 → 16 are tried with round-to-nearest, then with the
+        trainable quantizer. The candidate is left with the last accepted state; a failed trial is rolled back.
+
+        Parameters
+        ----------
+        block_name : a block of the model
+        threshold : nats of KL per token that the block may cause
+
+        Returns
+        -------
+        list of Step; the last one is what stands.
+        """
+        if not threshold > 0:
+            raise ValueError(f"threshold: expected nats > 0; got {threshold!r}")
+        names = [block.name for block in self.context.layout.blocks]
+        if block_name not in names:
+            raise ValueError(f"block_name: expected one of {names[0]} .. {names[-1]}; got {block_name!r}")
+        walk = _BlockWalk(self, names.index(block_name), threshold)
+        return walk.run()
+
+    @property
+    def probe(self) -> Probe:
+        """Trials against the untouched model."""
+        if self._probe is None:
+            self._probe = Probe(self.context)
+        return self._probe
+
+
+class _BlockWalk:
+    """The walk of one block down the ladder."""
+
+    def __init__(self, optimizer: PrecisionOptimizer, index: int, threshold: float):
+        self.optimizer, self.index, self.threshold = optimizer, index, threshold
+        self.block = optimizer.context.layout.blocks[index]
+        self.steps: list[Step] = []
+        self.standing: tuple[Step, dict[str, QuantizedTensor]] | None = None
+        self._hessians: dict[str, bitween.Hessian | None] | None = None
+
+    def run(self) -> list[Step]:
+        for bits in LADDER:
+            if self.lower(bits):
+                continue
+            for between in BETWEEN.get(bits, ()):
+                if not self.lower(between):
+                    break
+            break
+        self.settle()
+        return self.steps
+
+    def lower(self, bits: float) -> bool:
+        """Try one width with every group size and method, cheap ones first; True when one holds."""
+        for method in ("rtn", "clip", self.optimizer.method):
+            for group_size in GROUP_SIZES:
+                if self.attempt(Scheme(bits, group_size), method):
+                    return True
+        return False
+
+    def attempt(self, scheme: Scheme, method: str) -> bool:
+        stored = {layer.name: self.quantize(layer, scheme, method) for layer in self.block.layers}
+        weights = {}
+        for layer in self.block.layers:
+            values = stored[layer.name].dequantize(layer.module.weight.dtype)
+            weights[layer.module] = values.T.contiguous() if layer.kind == "conv1d" else values
+        damage = self.optimizer.probe.damage(weights, self.index)
+        nbytes = sum(tensor.nbytes for tensor in stored.values())
+        step = Step(self.block.name, scheme.bits, scheme.group_size, method, damage, nbytes, damage <= self.threshold)
+        self.steps.append(step)
+        if step.accepted:
+            self.standing = step, stored
+        return step.accepted
+
+    def quantize(self, layer: blocks.Layer, scheme: Scheme, method: str) -> QuantizedTensor:
+        if method == "rtn":
+            return bitween.quantize(layer.weight, scheme)
+        hessian = self.hessians().get(layer.name)
+        if method == "clip" or hessian is None:
+            importance = None if hessian is None else np.ascontiguousarray(np.diagonal(hessian.matrix()))
+            return bitween.quantize(layer.weight, scheme, method="clip", importance=importance)
+        return bitween.quantize(layer.weight, scheme, method=method, hessian=hessian)
+
+    def hessians(self) -> dict[str, bitween.Hessian | None]:
+        """Of the untouched model; the probe's own text serves, since every trial is judged on it."""
+        if self._hessians is None:
+            probe = self.optimizer.probe
+            with probe.runner:
+                _, inputs = probe.runner.capture_inputs(self.index, probe.states[self.index], probe.call)
+            self._hessians = {}
+            for names, x in inputs.items():
+                hessian = bitween.Hessian(x.shape[-1])
+                hessian.add(x)
+                self._hessians.update(dict.fromkeys(names, hessian))
+        return self._hessians
+
+    def settle(self) -> None:
+        """Leave the candidate with what stands, and say so in the last step."""
+        optimizer = self.optimizer
+        if self.standing is None:
+            for layer in self.block.layers:
+                optimizer.candidate.restore(layer)
+            nbytes = sum(layer.nbytes for layer in self.block.layers)
+            self.steps.append(Step(self.block.name, 16, -1, "none", 0.0, nbytes, True))
+            return
+        step, stored = self.standing
+        for layer in self.block.layers:
+            optimizer.candidate.put(layer, stored[layer.name])
+        if self.steps[-1] != step:
+            self.steps.append(step)
+
+
+def plan_of(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Scheme]:
+    """The plan that stored tensors realise."""
+    return {name: tensor.scheme for name, tensor in tensors.items()}

@@ -1,0 +1,109 @@
+"""Exact memory of a model in bytes: what its parameters and buffers take, shared ones counted once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["MemoryAnalysis", "analyze_memory", "model_bytes", "peak_memory_bytes"]
+
+
+@dataclass(frozen=True)
+class MemoryAnalysis:
+    """Bytes of a model, and of the model it came from.
+
+    Attributes
+    ----------
+    total, original_total : bytes of all parameters and persistent or other buffers
+    by_layer, original_by_layer : {module name: bytes}; scales, zeros and bias included
+    by_block, original_by_block : {block name or top-level part: bytes}
+    peak : bytes, the largest resident size of this process so far, or None where the system does not tell
+    """
+
+    total: int
+    original_total: int
+    by_layer: dict[str, int] = field(repr=False)
+    original_by_layer: dict[str, int] = field(repr=False)
+    by_block: dict[str, int] = field(repr=False)
+    original_by_block: dict[str, int] = field(repr=False)
+    peak: int | None = None
+
+    @property
+    def reduction(self) -> float:
+        """1 - total / original_total."""
+        return 1 - self.total / self.original_total if self.original_total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, bytes, for JSON."""
+        names = ("total", "original_total", "reduction", "by_layer", "original_by_layer", "by_block")
+        return {name: getattr(self, name) for name in (*names, "original_by_block", "peak")}
+
+    def __str__(self) -> str:
+        return f"memory {_mib(self.total)} of {_mib(self.original_total)} ({self.reduction:.1%} less)" + (
+            f", peak of this process {_mib(self.peak)}" if self.peak else ""
+        )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def _tensors(model: Any) -> dict[tuple, tuple[str, int]]:
+    """{memory: (module name, bytes)}, each memory under the first module that holds it."""
+    found: dict[tuple, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.numel():
+                key = (tensor.data_ptr(), tensor.nbytes, str(tensor.device)) if not tensor.is_meta else (id(tensor),)
+                found.setdefault(key, (name, tensor.nbytes))
+    return found
+
+
+def model_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, shared memory counted once."""
+    return sum(nbytes for _, nbytes in _tensors(model).values())
+
+
+def _by_layer(model: Any) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for name, nbytes in _tensors(model).values():
+        sums[name] = sums.get(name, 0) + nbytes
+    return sums
+
+
+def _by_block(layers: dict[str, int]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for name, nbytes in layers.items():
+        match = re.match(r"(.*?\.\d+)(\.|$)", name)  # up to the first index: model.layers.3
+        block = match[1] if match else name
+        sums[block] = sums.get(block, 0) + nbytes
+    return sums
+
+
+def analyze_memory(model: Any, original: Any = None) -> MemoryAnalysis:
+    """Memory of `model` by layer and block, beside that of the model it came from.
+
+    Parameters
+    ----------
+    original : model or MemoryAnalysis, default `model` itself
+    """
+    now = _by_layer(model)
+    if isinstance(original, MemoryAnalysis):
+        before = original.original_by_layer
+    else:
+        before = now if original is None else _by_layer(original)
+    return MemoryAnalysis(
+        sum(now.values()), sum(before.values()), now, before, _by_block(now), _by_block(before), peak_memory_bytes()
+    )
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process so far, bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

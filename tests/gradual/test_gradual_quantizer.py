@@ -1,0 +1,113 @@
+"""The main job on the tiny model: both targets, conflicts, errors before any work, and the user's model untouched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bitween.gradual import GradualQuantizer
+from bitween.gradual.gradual_quantizer import BudgetConflict
+from bitween.gradual.planner import InfeasibleTarget
+from bitween.memory import model_bytes
+
+FAST = {
+    "calibration_samples": 16,
+    "evaluation_samples": 40,
+    "sequence_length": 64,
+    "importance": False,
+    "stages": 2,
+}
+
+
+def run(model, tokenizer, reduction, increase, **options):
+    quantizer = GradualQuantizer(model, tokenizer, reduction, increase, **{**FAST, **options})
+    return quantizer, quantizer.quantize()
+
+
+def test_both_targets_hold(tiny_model, tiny_tokenizer):
+    before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
+    mode = tiny_model.training
+    quantizer, model = run(tiny_model, tiny_tokenizer, 0.75, 0.05)
+    report = quantizer.get_quantization_report()
+    assert report.conflict is None, str(report)
+    assert report.certificate["verdict"] == "accepted"
+    assert model_bytes(model) <= 0.25 * model_bytes(tiny_model)
+    assert model_bytes(model) == report.memory.total
+    assert report.memory.reduction >= 0.75
+    assert report.quality["damage"] <= report.uniform["damage"]
+    ids = torch.arange(20)[None] % tiny_model.config.vocab_size
+    assert torch.isfinite(model(ids).logits).all()
+    assert tiny_model.training == mode
+    assert all(torch.equal(before[n], t) for n, t in tiny_model.state_dict().items())
+    json.loads(report.to_json())
+    assert "memory" in str(report)
+    assert quantizer.get_memory_analysis().total == model_bytes(model)
+
+
+def test_same_seed_same_bytes(tiny_model, tiny_tokenizer):
+    states = [run(tiny_model, tiny_tokenizer, 0.7, 0.1, certify=False)[1].state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_conflict_keeps_quality_by_default(tiny_model, tiny_tokenizer):
+    quantizer, _ = run(tiny_model, tiny_tokenizer, 0.90, 0.02)
+    report = quantizer.get_quantization_report()
+    assert report.conflict is not None
+    assert report.memory.reduction < 0.90
+    assert report.quality["perplexity_increase"] <= 0.02
+
+
+def test_conflict_memory(tiny_model, tiny_tokenizer):
+    quantizer, model = run(tiny_model, tiny_tokenizer, 0.90, 0.02, on_conflict="memory")
+    report = quantizer.get_quantization_report()
+    assert report.conflict is not None
+    assert model_bytes(model) <= 0.10 * model_bytes(tiny_model)
+
+
+def test_conflict_error(tiny_model, tiny_tokenizer):
+    with pytest.raises(BudgetConflict, match="perplexity budget") as caught:
+        run(tiny_model, tiny_tokenizer, 0.90, 0.02, on_conflict="error")
+    assert caught.value.tradeoffs["stages"]
+
+
+def test_ignored_layers_stay(tiny_model, tiny_tokenizer):
+    quantizer, model = run(
+        tiny_model, tiny_tokenizer, 0.5, 0.2, ignore_layers=["*down_proj", "lm_head"], transforms="none", certify=False
+    )
+    plan = quantizer.get_quantization_report().plan
+    assert all(scheme == "kept" for name, scheme in plan.items() if name.endswith("down_proj") or name == "lm_head")
+    name = next(name for name in plan if name.endswith("down_proj"))
+    assert torch.equal(model.get_submodule(name).weight, tiny_model.get_submodule(name).weight)
+
+
+def test_unreachable_target_is_refused_at_once(tiny_model, tiny_tokenizer):
+    with pytest.raises(InfeasibleTarget, match="expected at most 0"):
+        GradualQuantizer(tiny_model, tiny_tokenizer, 0.99, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_memory_reduction": 60}, ValueError, "write 0.6"),
+        ({"target_memory_reduction": 0}, ValueError, "between 0 and 1"),
+        ({"max_perplexity_increase": float("nan")}, ValueError, "between 0 and 1"),
+        ({"max_perplexity_increase": "a lot"}, TypeError, "expected a number"),
+        ({"safety_multiplier": 0.5}, ValueError, "at least 1"),
+        ({"on_conflict": "panic"}, ValueError, "quality, memory, error"),
+        ({"tokenizer": None}, TypeError, "tokenizer"),
+        ({"calibration_samples": 0}, ValueError, "at least 1"),
+    ],
+)
+def test_bad_arguments(tiny_model, tiny_tokenizer, options, error, message):
+    arguments = {"model": tiny_model, "tokenizer": tiny_tokenizer, **options}
+    with pytest.raises(error, match=message):
+        GradualQuantizer(**arguments)
+
+
+def test_non_finite_weights_name_the_layer(tiny_model, tiny_tokenizer):
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+        GradualQuantizer(tiny_model, tiny_tokenizer)

@@ -1,0 +1,89 @@
+"""Importance methods, curvature and predicted damage, against what really happens to the tiny model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import bitween
+from bitween import Scheme
+from bitween.gradual import ImportanceAnalyzer
+from bitween.gradual.curvature import conditional_variances
+from bitween.gradual.methods import METHODS
+from bitween.gradual.probe import block_units, layer_units
+
+OPTIONS = {"calibration_samples": 16, "selection_samples": 2, "evaluation_samples": 8, "length": 64}
+SEED_WEIGHTS = {"noise_injection": 0.15, "rtn_sensitivity": 0.40, "block_disable": 0.20, "layer_upgrade": 0.25}
+
+
+@pytest.fixture
+def analyzer(tiny_model, tiny_tokenizer):
+    return ImportanceAnalyzer(tiny_model, tiny_tokenizer, probe_windows=8, probe_length=64, probe_stride=1, **OPTIONS)
+
+
+def state_bytes(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_default_weights_are_the_documented_ones():
+    assert {name: method.weight for name, method in METHODS.items() if method.weight} == SEED_WEIGHTS
+
+
+def test_block_importance_leaves_the_model_untouched(analyzer, tiny_model):
+    before = state_bytes(tiny_model)
+    report = analyzer.analyze_block_importance()
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
+    assert set(report.damage) == set(SEED_WEIGHTS)
+    assert len(report.combined) == len(analyzer.context.layout.blocks)
+    assert all(0 <= value <= 1 for value in report.combined.values())
+    assert report.order[0] == min(report.combined, key=report.combined.get)
+    assert "rank correlation" in str(report)
+
+
+def test_rtn_sensitivity_is_the_real_damage(analyzer, tiny_model):
+    unit = block_units(analyzer.context.layout)[1]
+    found = METHODS["rtn_sensitivity"].compute(analyzer.probe, [unit])[unit.name]
+    ids = analyzer.context.text.calibration.ids[:8, :64]
+    with torch.no_grad():
+        p = tiny_model(ids).logits.double().log_softmax(-1)
+        for layer in unit.layers:
+            layer.module.weight.copy_(bitween.quantize(layer.weight, Scheme(4, 64)).dequantize(torch.float32))
+        q = tiny_model(ids).logits.double().log_softmax(-1)
+    assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=0.1)
+
+
+def test_weights_are_checked_and_normalised(tiny_model, tiny_tokenizer):
+    analyzer = ImportanceAnalyzer(tiny_model, tiny_tokenizer, weights={"rtn_sensitivity": 2.0}, **OPTIONS)
+    assert analyzer.weights == {"rtn_sensitivity": 1.0}
+    with pytest.raises(ValueError, match="weights: expected methods"):
+        ImportanceAnalyzer(tiny_model, tiny_tokenizer, weights={"magic": 1.0}, **OPTIONS)
+
+
+def test_thresholds_share_the_budget(analyzer):
+    thresholds = analyzer.get_block_thresholds(global_budget=0.05)
+    combined = analyzer.analyze_block_importance().combined
+    assert sum(thresholds.values()) == pytest.approx(np.log(1.05))
+    assert max(thresholds, key=thresholds.get) == min(combined, key=combined.get)
+
+
+def test_conditional_variances_are_gptqs_own():
+    x = np.random.default_rng(0).standard_normal((500, 24)) @ np.random.default_rng(1).standard_normal((24, 24))
+    h = x.T @ x / 500
+    damped = h + 0.01 * np.trace(h) / 24 * np.eye(24)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T  # the factor that GPTQ walks along
+    np.testing.assert_allclose(conditional_variances(h), 1 / np.diagonal(upper) ** 2, rtol=1e-6)
+
+
+def test_predicted_damage_ranks_and_scales_like_real_damage(analyzer, tiny_model):
+    """Fisher times error without feedback predicts the real KL of rounding single layers, without a fit."""
+    analyzer.analyze_curvature(elementwise=True, gradient_windows=16)
+    scheme = Scheme(3, 64)
+    predicted = analyzer.predict_damage([scheme], feedback=False, ranges="minmax")
+    units = layer_units(analyzer.context.layout)
+    real = [analyzer.probe.damage(analyzer.probe.rounded(u.layers, scheme), u.block) for u in units]
+    guess = [predicted[unit.name].damage[0] for unit in units]
+    assert spearmanr(real, guess).statistic > 0.9
+    assert 0.6 < sum(guess) / sum(real) < 1.6
+    assert all(np.isfinite(score.relative_error) for score in predicted.values())
