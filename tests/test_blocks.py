@@ -423,5 +423,14 @@ def test_bad_arguments():
     model = make("llama")
     with pytest.raises(ValueError, match=r'products: expected "auto", "bf16" or "fp32"; got \'fp8\''):
         BlockRunner(model, inspect(model), products="fp8")
-    with BlockRunner(model, inspect(model)) as runner, pytest.raises(RuntimeError, match="already in use"), runner:
-        pass
+
+
+def test_nested_use_restores_the_model_once():
+    model = make("llama")
+    model.train()
+    before = state_of(model)
+    with BlockRunner(model, inspect(model)) as runner:
+        with runner:
+            assert not model.training
+        assert not model.training
+    assert_same(before, state_of(model))
