@@ -50,7 +50,7 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(wildcard tests/core tests/boundary)
 
 bench: $(VENV)/bitween.stamp  ## run the benchmarks
-	set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:  ## remove everything that the other commands made, the environment too
 	rm -rf $(VENV) build dist demo-output bitween/_lib bitween/_core*.so *.egg-info
