@@ -70,8 +70,10 @@ def extension():
             f"-fsanitize={sanitizers}",
             "-fno-sanitize-recover=all",
             "-fno-omit-frame-pointer",
-            "-g",
+            "-g1",
             "-O1",
+            "-fno-var-tracking",  # otherwise the scalar kernels compile for minutes
+            "-fno-var-tracking-assignments",
         ]
         link += [f"-fsanitize={sanitizers}"]
     if os.environ.get("BITWEEN_COVERAGE"):
