@@ -33,7 +33,7 @@ def follow_torch() -> None:
     """Take over torch.get_num_threads(), unless a number was set."""
     torch = sys.modules.get("torch")
     if not _fixed and torch is not None and hasattr(torch, "get_num_threads"):
-        _core.set_num_threads(torch.get_num_threads())
+        _core.set_num_threads(min(torch.get_num_threads(), 1024))
 
 
 def _start() -> None:
@@ -41,7 +41,7 @@ def _start() -> None:
     if not text:
         _core.set_num_threads(min(_cpus(), 1024))
         return
-    if not text.isdigit() or not 1 <= int(text) <= 1024:
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= 1024):
         raise ValueError(f"BITWEEN_NUM_THREADS: expected 1 .. 1024; got {text!r}")
     set_num_threads(int(text))
 

@@ -2,7 +2,7 @@
  *
  * Plain C11 without Python. Rules that hold for every function:
  *   - arguments are checked before memory is touched, and then nothing is written; a failure found later, in
- *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE, _IMPORTANCE), leaves outputs partly written;
+ *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE, _SCALE, _IMPORTANCE), leaves outputs partly written;
  *   - the result is a bw_status: BW_OK (0) or a negative BW_ERR_*; nothing prints, exits or aborts;
  *   - no global mutable state besides the thread pool and the instruction set chosen at start;
  *     functions may be called from several threads at once (on different outputs);
@@ -34,9 +34,10 @@ typedef enum {
     BW_ERR_MEMORY = -6,    /* allocation failed */
     BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
     BW_ERR_CODE = -8,      /* packed data holds a value outside the scheme */
-    BW_ERR_INDEX = -9,      /* an index outside its range */
-    BW_ERR_IMPORTANCE = -10,/* an importance that is negative, NaN or infinite */
-    BW_ERR_HESSIAN = -11     /* a Hessian that is not finite and symmetric with a diagonal >= 0 */
+    BW_ERR_INDEX = -9,       /* an index outside its range */
+    BW_ERR_IMPORTANCE = -10, /* an importance that is negative, NaN or infinite */
+    BW_ERR_HESSIAN = -11,    /* a Hessian that is not finite and symmetric with a diagonal >= 0 */
+    BW_ERR_SCALE = -12       /* a stored scale that is not above zero, or not finite */
 } bw_status;
 
 typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
@@ -131,18 +132,19 @@ bw_status bw_kl_divergence(const bw_matrix *reference, const bw_matrix *logits, 
 bw_status bw_total(const bw_matrix *x, double *out);
 
 /* ---- encode.c ---- */
-/* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). */
+/* Codes of a matrix on scales and zeros that are given: q = clamp(rint(w * (1/scale) + zero)). BW_ERR_NONFINITE,
+ * or BW_ERR_SCALE, BW_ERR_CODE when the given ones are not legal. */
 bw_status bw_encode(const bw_matrix *weight, const bw_quantized *out);
 
 /* ---- dequantize.c ---- */
-/* out (rows, cols) contiguous of `dtype`. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
+/* out (rows, cols) contiguous of `dtype`. BW_ERR_CODE when packed codes or zeros exceed the scheme, BW_ERR_SCALE. */
 bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out);
 /* out (n, cols) = the rows named by ids, in that order; any may repeat. BW_ERR_INDEX when one does not exist. */
 bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptrdiff_t n, bw_dtype dtype, void *out);
 
 /* ---- matmul.c ---- */
 /* out (m, rows), contiguous of `dtype`, = x (m, cols) WT + bias; bias (1, rows) or NULL. fp32 sums. NaN and
- * infinity in x reach their own row only. BW_ERR_CODE when packed codes or zeros exceed the scheme. */
+ * infinity in x reach their own row only. BW_ERR_CODE when packed codes or zeros exceed the scheme, BW_ERR_SCALE. */
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_dtype dtype, void *out);
 
 /* ---- hessian.c ---- */

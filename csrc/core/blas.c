@@ -41,6 +41,12 @@ void bw_ssyrk(ptrdiff_t n, ptrdiff_t k, float alpha, const float *a, ptrdiff_t l
     BLAS(cblas_ssyrk)(ROW_MAJOR, UPPER, TRANS, (int)n, (int)k, alpha, a, (int)lda, beta, c, (int)ldc);
 }
 
+void bw_blas_prepare_thread(void) {
+    const float one = 1;
+    float square = 0;
+    bw_ssyrk(1, 1, 1, &one, 1, 0, &square, 1);
+}
+
 static bw_status translate(int info) {
     return info == 0 ? BW_OK : info > 0 ? BW_ERR_FACTOR : BW_ERR_ARGUMENT;
 }

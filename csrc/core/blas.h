@@ -16,4 +16,8 @@ bw_status bw_dpotrf_upper(ptrdiff_t n, double *a, ptrdiff_t lda);
 /* In place, after bw_dpotrf_upper: U -> upper triangle of the inverse of UT U. */
 bw_status bw_dpotri_upper(ptrdiff_t n, double *a, ptrdiff_t lda);
 
+/* Makes OpenBLAS take what it keeps for the calling thread. Where that fails, the C library ends the process; so
+ * the pool does it when a worker starts, not in the middle of some later product. */
+void bw_blas_prepare_thread(void);
+
 #endif

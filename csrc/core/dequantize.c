@@ -33,8 +33,9 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
         ptrdiff_t r = job->ids ? (ptrdiff_t)job->ids[i] : i, at = i * t->cols;
         bw_status status = bw_row_zeros(t, l, r, bytes, zeros);
         int largest = isa->unpack(t->codes + r * l->row_bytes, t->cols, t->scheme.levels, bytes);
-        if (status || largest >= t->scheme.levels) {
-            atomic_store(&job->status, BW_ERR_CODE);
+        if (!status && largest >= t->scheme.levels) status = BW_ERR_CODE;
+        if (status) {
+            atomic_store(&job->status, status);
             return;
         }
         float *row = job->dtype == BW_F32 ? (float *)job->out + at : values;
@@ -68,10 +69,9 @@ bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out) {
 bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptrdiff_t n, bw_dtype dtype, void *out) {
     decode_job job = {.tensor = tensor, .ids = ids, .n_rows = n, .dtype = dtype, .out = out};
     bw_status status = bw_check_quantized(tensor, &job.layout);
-    ptrdiff_t size;
+    if (!status) status = bw_check_shape(n, tensor->cols);
     if (status) return status;
-    if (n < 0 || (n && !ids)) return BW_ERR_ARGUMENT;
-    if (bw_multiply(n, tensor->cols, &size) || bw_multiply(size, 8, &size)) return BW_ERR_OVERFLOW;
+    if (n && !ids) return BW_ERR_ARGUMENT;
     for (ptrdiff_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= tensor->rows) return BW_ERR_INDEX;
     return decode_rows(&job);

@@ -30,7 +30,8 @@ typedef struct {
 
 /* May the block be read in place? */
 static int usable(const bw_matrix *m) {
-    return m->dtype == BW_F32 && m->col_stride == 1 && m->row_stride >= m->cols && (uintptr_t)m->data % 4 == 0;
+    return m->dtype == BW_F32 && m->col_stride == 1 && m->row_stride >= m->cols && m->row_stride <= INT32_MAX &&
+           (uintptr_t)m->data % 4 == 0;
 }
 
 static void convert_rows(void *context, ptrdiff_t chunk, int worker) {
@@ -107,16 +108,16 @@ static bw_status check_sums(const job *j) {
 bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *weights, float *h) {
     job j = {.x = x, .y = y, .weights = weights, .h = h};
     bw_status status = bw_check_matrix(x);
-    ptrdiff_t size;
+    ptrdiff_t across = y ? y->cols : x->cols;
     if (!status && y) status = bw_check_matrix(y);
     if (!status && y && y->rows != x->rows) status = BW_ERR_SHAPE;
-    if (!status && (bw_multiply(x->cols, y ? y->cols : x->cols, &size) || bw_multiply(size, 4, &size)))
-        status = BW_ERR_OVERFLOW;
+    if (!status) status = bw_check_shape(x->cols, across);
+    if (!status && (x->cols > INT32_MAX || across > INT32_MAX)) status = BW_ERR_OVERFLOW; /* OpenBLAS counts in int */
     if (!status) status = check_weights(weights, x->rows);
-    if (status || !x->rows || !size) return status;
+    if (status || !x->rows || !x->cols || !across) return status;
     if (!h) return BW_ERR_ARGUMENT;
     ptrdiff_t tokens = x->rows < TOKENS ? x->rows : TOKENS;
-    j.tiles_across = ((y ? y->cols : x->cols) + TILE - 1) / TILE;
+    j.tiles_across = (across + TILE - 1) / TILE;
     int own_x = weights || !usable(x), own_y = y && (weights || !usable(y));
     j.x_scratch = own_x ? bw_alloc(tokens, x->cols * 4) : NULL;
     j.y_scratch = own_y ? bw_alloc(tokens, y->cols * 4) : NULL;
@@ -128,9 +129,9 @@ bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *we
 }
 
 bw_status bw_mirror_upper(ptrdiff_t n, float *h) {
-    ptrdiff_t size;
-    if (n < 0 || (n && !h)) return BW_ERR_ARGUMENT;
-    if (bw_multiply(n, n, &size) || bw_multiply(size, 4, &size)) return BW_ERR_OVERFLOW;
+    bw_status status = bw_check_shape(n, n);
+    if (status) return status;
+    if (n && !h) return BW_ERR_ARGUMENT;
     for (ptrdiff_t r = 0; r < n; r += 64) /* blocks, so that both halves stay in cache */
         for (ptrdiff_t c = 0; c <= r; c += 64)
             for (ptrdiff_t i = r; i < n && i < r + 64; i++)

@@ -70,9 +70,10 @@ static bw_status multiply_rows(const tile_job *job, const tile_scratch *s, const
                                ptrdiff_t n) {
     const bw_layout *l = &job->layout;
     ptrdiff_t cols = job->weight->cols;
+    bw_status status;
     if (!cols) memset(s->sums, 0, (size_t)(m * TILE_ROWS) * sizeof(float));
     for (ptrdiff_t r = 0; r < n; r++)
-        if (bw_row_zeros(job->weight, l, row + r, s->bytes, s->zeros + r * l->n_groups)) return BW_ERR_CODE;
+        if ((status = bw_row_zeros(job->weight, l, row + r, s->bytes, s->zeros + r * l->n_groups))) return status;
     for (ptrdiff_t first = 0; first < cols; first += TILE_COLS) {
         ptrdiff_t width = least(cols - first, TILE_COLS);
         for (ptrdiff_t r = 0; r < n; r++)
@@ -122,9 +123,9 @@ static bw_status check(const bw_matrix *x, const bw_quantized *weight, const bw_
     if (status) return status;
     if (dtype != BW_F32 && dtype != BW_F16 && dtype != BW_BF16) return BW_ERR_ARGUMENT;
     if (x->cols != weight->cols || (bias && (bias->rows != 1 || bias->cols != weight->rows))) return BW_ERR_SHAPE;
-    ptrdiff_t n;
-    if (bw_multiply(x->rows, weight->rows, &n) || bw_multiply(n, 8, &n)) return BW_ERR_OVERFLOW;
-    return n && !out ? BW_ERR_ARGUMENT : BW_OK;
+    status = bw_check_shape(x->rows, weight->rows);
+    if (status) return status;
+    return x->rows && weight->rows && !out ? BW_ERR_ARGUMENT : BW_OK;
 }
 
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_dtype dtype, void *out) {

@@ -50,15 +50,13 @@ static void unpack_chunk(void *context, ptrdiff_t chunk, int worker) {
 }
 
 static bw_status run(pack_job *job, bw_chunk_fn fn) {
-    ptrdiff_t n;
     bw_scheme scheme = {job->levels, 1, -1};
     bw_status status = bw_check_scheme(&scheme);
     if (status) return status;
-    if (job->rows < 0 || job->cols < 0) return BW_ERR_SHAPE;
-    if (bw_row_bytes(job->cols, job->levels, &job->row_bytes) || bw_multiply(job->rows, job->row_bytes, &n) ||
-        bw_multiply(job->rows, job->cols, &n))
-        return BW_ERR_OVERFLOW;
-    if (!n) return BW_OK;
+    status = bw_check_shape(job->rows, job->cols);
+    if (status) return status;
+    if (bw_row_bytes(job->cols, job->levels, &job->row_bytes)) return BW_ERR_OVERFLOW;
+    if (!job->rows || !job->cols) return BW_OK;
     if (!job->from || !job->to) return BW_ERR_ARGUMENT;
     job->rows_per_chunk = CHUNK_CODES / job->cols + 1;
     ptrdiff_t n_chunks = (job->rows - 1) / job->rows_per_chunk + 1;

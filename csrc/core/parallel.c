@@ -6,8 +6,11 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <unistd.h>
+
+#include "blas.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -44,8 +47,6 @@ static struct {
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
           .n_threads = 1};
-
-static _Thread_local int inside_loop;
 
 bw_status bw_set_num_threads(int n) {
     if (n < 1 || n > BW_MAX_THREADS) return BW_ERR_ARGUMENT;
@@ -92,7 +93,7 @@ static bw_start starts[BW_MAX_THREADS];
 static void *worker_main(void *arg) {
     bw_start start = *(bw_start *)arg;
     unsigned long long seen = start.seen;
-    inside_loop = 1;
+    bw_blas_prepare_thread();
     for (;;) {
         seen = wait_for_job(seen);
         /* The owner waits for every started worker, so the job stands still while it is read. */
@@ -109,23 +110,28 @@ static void after_fork_in_child(void) {
     pthread_cond_init(&pool.wake, NULL);
     pool.n_started = 0;
     atomic_store(&pool.n_busy, 0);
-    inside_loop = 0;
 }
 
-/* Starts workers up to n - 1; fewer run when the system has no more threads to give. */
+/* Starts workers up to n - 1; fewer run when the system has no more threads to give. They are born with signals
+ * blocked, so that Ctrl-C reaches a thread that answers to it. */
 static void start_workers(int n) {
     if (!pool.fork_handler) {
         pthread_atfork(NULL, NULL, after_fork_in_child);
         pool.fork_handler = 1;
     }
+    if (pool.n_started >= n - 1) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
     while (pool.n_started < n - 1) {
         int worker = pool.n_started + 1;
         starts[worker].worker = worker;
         starts[worker].seen = atomic_load(&pool.generation);
-        if (pthread_create(&pool.threads[worker], NULL, worker_main, &starts[worker])) return;
+        if (pthread_create(&pool.threads[worker], NULL, worker_main, &starts[worker])) break;
         pthread_detach(pool.threads[worker]);
         pool.n_started = worker;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 static void run_alone(ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
@@ -133,11 +139,11 @@ static void run_alone(ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
 }
 
 void bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
-    if (n_workers < 2 || n_chunks < 2 || inside_loop || pthread_mutex_trylock(&pool.owner)) {
+    /* The lock is taken whenever a loop runs, so a call from inside a chunk, on whatever thread, finds it taken. */
+    if (n_workers < 2 || n_chunks < 2 || pthread_mutex_trylock(&pool.owner)) {
         run_alone(n_chunks, fn, context);
         return;
     }
-    inside_loop = 1;
     start_workers(n_workers);
     pthread_mutex_lock(&pool.lock);
     pool.job = (bw_job){fn, context, n_chunks, n_workers};
@@ -151,6 +157,5 @@ void bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *co
         if (spins < BW_SPINS) BW_PAUSE();
         else usleep(20);
     }
-    inside_loop = 0;
     pthread_mutex_unlock(&pool.owner);
 }

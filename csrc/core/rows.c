@@ -86,7 +86,6 @@ bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance,
     f.rows_per_chunk = CHUNK_VALUES / out->cols + 1;
     ptrdiff_t n_chunks = (out->rows + f.rows_per_chunk - 1) / f.rows_per_chunk;
     int n_workers = bw_n_workers(n_chunks);
-    /* cols * 8 was checked not to overflow; 20 bytes a column is the most that is needed. */
     ptrdiff_t groups = f.job.layout.n_groups;
     f.scratch_bytes = (importance ? 2 : 1) * bw_aligned(out->cols * 4) + bw_aligned(groups * 4) +
                       bw_aligned(groups * 2) + bw_aligned(out->cols + 8);
@@ -97,7 +96,16 @@ bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance,
     return (bw_status)atomic_load(&f.status);
 }
 
+/* All above zero and finite: fp16 patterns 1 .. 0x7bff. */
+static bw_status check_scales(const uint16_t *scales, ptrdiff_t n) {
+    int bad = 0;
+    for (ptrdiff_t g = 0; g < n; g++) bad |= (uint16_t)(scales[g] - 1) >= 0x7bff;
+    return bad ? BW_ERR_SCALE : BW_OK;
+}
+
 bw_status bw_row_zeros(const bw_quantized *t, const bw_layout *l, ptrdiff_t row, uint8_t *bytes, float *zeros) {
+    bw_status status = check_scales(t->scales + row * l->n_groups, l->n_groups);
+    if (status) return status;
     if (t->scheme.symmetric) {
         for (ptrdiff_t g = 0; g < l->n_groups; g++) zeros[g] = bw_symmetric_zero(t->scheme.levels);
         return BW_OK;

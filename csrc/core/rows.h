@@ -34,7 +34,8 @@ struct bw_row_job {
 bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance, const bw_quantized *out,
                            bw_grid_fn find_grid, void *context);
 
-/* Zeros of one stored row as numbers; `bytes` is scratch of n_groups + 8. BW_ERR_CODE when one is invalid. */
+/* Zeros of one stored row as numbers; `bytes` is scratch of n_groups + 8. BW_ERR_CODE when one is invalid,
+ * BW_ERR_SCALE when a scale of the row is. */
 bw_status bw_row_zeros(const bw_quantized *tensor, const bw_layout *layout, ptrdiff_t row, uint8_t *bytes,
                        float *zeros);
 

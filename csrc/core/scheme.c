@@ -27,6 +27,13 @@ bw_status bw_multiply(ptrdiff_t a, ptrdiff_t b, ptrdiff_t *product) {
     return a < 0 || b < 0 || __builtin_mul_overflow(a, b, product) ? BW_ERR_OVERFLOW : BW_OK;
 }
 
+bw_status bw_check_shape(ptrdiff_t rows, ptrdiff_t cols) {
+    ptrdiff_t n;
+    if (rows < 0 || cols < 0) return BW_ERR_SHAPE;
+    if (rows > BW_MOST_VALUES || cols > BW_MOST_VALUES) return BW_ERR_OVERFLOW;
+    return bw_multiply(rows, cols, &n) || n > BW_MOST_VALUES ? BW_ERR_OVERFLOW : BW_OK;
+}
+
 static bw_status add(ptrdiff_t a, ptrdiff_t b, ptrdiff_t *sum) {
     return __builtin_add_overflow(a, b, sum) ? BW_ERR_OVERFLOW : BW_OK;
 }
@@ -53,29 +60,35 @@ bw_status bw_row_bytes(ptrdiff_t cols, int32_t levels, ptrdiff_t *bytes) {
 bw_status bw_scheme_layout(const bw_scheme *scheme, ptrdiff_t rows, ptrdiff_t cols, bw_layout *layout) {
     bw_status status = bw_check_scheme(scheme);
     if (status) return status;
-    if (rows < 0 || cols < 0) return BW_ERR_SHAPE;
+    status = bw_check_shape(rows, cols);
+    if (status) return status;
     bw_layout l = {0};
     l.group = scheme->group_size < 0 ? (cols ? cols : 1) : (ptrdiff_t)scheme->group_size;
     l.n_groups = cols / l.group + (cols % l.group != 0);
     if (bw_row_bytes(cols, scheme->levels, &l.row_bytes)) return BW_ERR_OVERFLOW;
     if (!scheme->symmetric && code_bytes(l.n_groups, scheme->levels, 0, 1, &l.row_zero_bytes))
         return BW_ERR_OVERFLOW;
-    ptrdiff_t row, values;
+    ptrdiff_t row;
     if (bw_multiply(l.n_groups, 2, &row) || add(row, l.row_bytes, &row) || add(row, l.row_zero_bytes, &row) ||
         bw_multiply(row, rows, &l.n_bytes))
         return BW_ERR_OVERFLOW;
-    /* The unpacked matrix in fp64 must be addressable too: kernels index it. */
-    if (bw_multiply(rows, cols, &values) || bw_multiply(values, 8, &values)) return BW_ERR_OVERFLOW;
     *layout = l;
     return BW_OK;
 }
 
+/* Does the way from the first of n elements to the last fit, with room for the other dimension and for bytes? */
+static int reachable(ptrdiff_t n, ptrdiff_t stride) {
+    ptrdiff_t reach;
+    return !__builtin_mul_overflow(n - 1, stride, &reach) && reach < PTRDIFF_MAX / 16 && reach > -PTRDIFF_MAX / 16;
+}
+
 bw_status bw_check_matrix(const bw_matrix *m) {
-    ptrdiff_t n;
-    if (m->rows < 0 || m->cols < 0) return BW_ERR_SHAPE;
-    if (bw_multiply(m->rows, m->cols, &n) || bw_multiply(n, 8, &n)) return BW_ERR_OVERFLOW;
+    bw_status status = bw_check_shape(m->rows, m->cols);
+    if (status) return status;
     if (m->dtype != BW_F32 && m->dtype != BW_F16 && m->dtype != BW_BF16) return BW_ERR_ARGUMENT;
-    return n && !m->data ? BW_ERR_ARGUMENT : BW_OK;
+    if (!m->rows || !m->cols) return BW_OK;
+    if (!reachable(m->rows, m->row_stride) || !reachable(m->cols, m->col_stride)) return BW_ERR_OVERFLOW;
+    return m->data ? BW_OK : BW_ERR_ARGUMENT;
 }
 
 bw_status bw_check_quantized(const bw_quantized *t, bw_layout *layout) {

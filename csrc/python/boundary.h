@@ -48,14 +48,15 @@ typedef struct {
     char *data; /* byte_offset applied; NULL only when a dimension is 0 */
     int ndim;
     int64_t shape[BW_MAX_DIMS], strides[BW_MAX_DIMS]; /* elements */
-    int code, bits;               /* DLPack type; lanes are 1 */
+    int code, bits;                                   /* DLPack type; lanes are 1 */
     int read_only;
 } bw_view;
 
 enum { BW_WRITABLE = 1, BW_CONTIGUOUS = 2 };
 
-/* Views `object` (anything with __dlpack__). Refuses other devices, more than BW_MAX_DIMS dimensions, sizes that overflow,
- * and, by flags, read-only or non-contiguous memory. -1 with an exception that names the argument. */
+/* Views `object` (anything with __dlpack__). Refuses other devices, more than BW_MAX_DIMS dimensions, sizes that
+ * overflow, and, by flags, memory that is read-only, or that is not contiguous and aligned to its elements.
+ * -1 with an exception that names the argument. */
 int bw_view_acquire(const char *name, PyObject *object, int flags, bw_view *view);
 void bw_view_release(bw_view *view);
 int64_t bw_view_size(const bw_view *view);
@@ -63,6 +64,8 @@ int64_t bw_view_size(const bw_view *view);
 int bw_view_expect_ndim(const char *name, const bw_view *view, int ndim);
 int bw_view_expect_dtype(const char *name, const bw_view *view, const char *dtype);
 int bw_view_expect_shape(const char *name, const bw_view *view, int ndim, const int64_t *shape);
+/* Refuses an output that shares memory with an input. */
+int bw_view_expect_apart(const char *name, const bw_view *out, const char *input, const bw_view *view);
 /* The view as a core matrix of floats: 2 dimensions, fp32 / fp16 / bf16. */
 int bw_view_matrix(const char *name, const bw_view *view, bw_matrix *matrix);
 /* Acquire + expect in one: a matrix of floats; a contiguous array of dtype and shape. */
@@ -83,6 +86,8 @@ typedef struct {
 /* From Python objects (zeros NULL when symmetric), shapes checked against scheme and cols. */
 int bw_stored_acquire(PyObject *codes, PyObject *scales, PyObject *zeros, PyObject *scheme, PyObject *cols, bw_stored *stored);
 void bw_stored_release(bw_stored *stored);
+/* Refuses an output that shares memory with the stored matrix. */
+int bw_stored_expect_apart(const char *name, const bw_view *out, const bw_stored *stored);
 /* New NumPy arrays for a (rows, cols) matrix: a tuple (codes, scales, zeros or None) and the struct that points
  * into it. NULL with an exception. */
 PyObject *bw_stored_new(ptrdiff_t rows, ptrdiff_t cols, const bw_scheme *scheme, bw_quantized *tensor);

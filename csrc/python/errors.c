@@ -40,6 +40,9 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
         PyErr_Format(PyExc_IndexError, "%s: expected indices of rows or classes that exist; got another in %s", argument,
                      operation);
         break;
+    case BW_ERR_SCALE:
+        PyErr_Format(PyExc_ValueError, "scales: expected finite values > 0; got another in %s", operation);
+        break;
     case BW_ERR_IMPORTANCE:
         PyErr_Format(PyExc_ValueError, "importance: expected finite values >= 0; got a negative value, NaN or infinity "
                                        "in %s",

@@ -17,8 +17,13 @@ PyObject *bw_py_hessian_add(PyObject *module, PyObject *const *args, Py_ssize_t 
         (v[2] && bw_view_float_matrix("y", v[2], &y, &other)))
         goto done;
     const int64_t shape[2] = {matrix.cols, v[2] ? other.cols : matrix.cols}, tokens = matrix.rows;
-    if (bw_view_array("hessian", v[1], "float32", 2, shape, BW_WRITABLE, &h) ||
+    const int64_t y_shape[2] = {tokens, shape[1]};
+    if ((v[2] && bw_view_expect_shape("y", &y, 2, y_shape)) ||
+        bw_view_array("hessian", v[1], "float32", 2, shape, BW_WRITABLE, &h) ||
         (v[3] && bw_view_array("weights", v[3], "float32", 1, &tokens, 0, &weights)))
+        goto done;
+    if (bw_view_expect_apart("hessian", &h, "x", &x) || (v[2] && bw_view_expect_apart("hessian", &h, "y", &y)) ||
+        (v[3] && bw_view_expect_apart("hessian", &h, "weights", &weights)))
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = bw_hessian_add(&matrix, v[2] ? &other : NULL, (const float *)weights.data, (float *)h.data);

@@ -26,7 +26,7 @@ PyObject *bw_py_info(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
                          bw_get_num_threads(), "blas", bw_blas_name(), "blas_core", bw_blas_core());
 }
 
-const char bw_doc_set_isa[] = "set_isa(name)\n--\n\nUse this instruction set from now on; None takes the best.";
+const char bw_doc_set_isa[] = "set_isa(name=None)\n--\n\nUse this instruction set from now on; None takes the best.";
 
 PyObject *bw_py_set_isa(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;

@@ -16,7 +16,10 @@ static int view_rows(const char *name, bw_view *view, bw_matrix *matrix) {
             stride = view->strides[i];
             seen = 1;
         }
-        rows *= view->shape[i];
+        if (__builtin_mul_overflow(rows, view->shape[i], &rows)) { /* only an empty tensor gets this far */
+            bw_raise("matmul", name, BW_ERR_OVERFLOW);
+            return -1;
+        }
     }
     view->strides[1] = view->strides[last];
     view->shape[1] = view->shape[last];
@@ -49,7 +52,9 @@ PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     const int64_t x_shape[2] = {activations.rows, stored.tensor.cols}, bias_shape[2] = {1, stored.tensor.rows},
                   out_shape[2] = {activations.rows, stored.tensor.rows};
     if (bw_view_expect_shape("x", &x, 2, x_shape) || bw_view_expect_shape("out", &out, 2, out_shape) ||
-        (v[6] != Py_None && bw_view_expect_shape("bias", &bias, 2, bias_shape)))
+        (v[6] != Py_None && (bw_view_expect_shape("bias", &bias, 2, bias_shape) ||
+                             bw_view_expect_apart("out", &out, "bias", &bias))) ||
+        bw_view_expect_apart("out", &out, "x", &x) || bw_stored_expect_apart("out", &out, &stored))
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, target.dtype, out.data);

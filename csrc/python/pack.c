@@ -76,7 +76,7 @@ PyObject *bw_py_unpack(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     const bw_scheme scheme = {levels, 1, -1};
     bw_status status = bw_scheme_layout(&scheme, (ptrdiff_t)packed.shape[0], (ptrdiff_t)cols, &layout);
     if (status) {
-        bw_raise("unpack", "cols", status);
+        bw_raise("unpack", "packed, cols", status);
         goto done;
     }
     const int64_t shape[2] = {packed.shape[0], layout.row_bytes};

@@ -97,12 +97,9 @@ PyObject *bw_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t n
                  bw_view_expect_dtype("rows", &rows, "int64") || bw_view_expect_ndim("rows", &rows, 1)))
         goto done;
     const int64_t shape[2] = {v[6] ? rows.shape[0] : stored.tensor.rows, stored.tensor.cols};
-    if (bw_view_expect_shape("out", &out, 2, shape)) goto done;
-    if ((uintptr_t)out.data % (matrix.dtype == BW_F32 ? 4 : 2) || (uintptr_t)rows.data % 8) {
-        PyErr_Format(PyExc_ValueError, "%s: expected aligned memory; got an address between elements",
-                     (uintptr_t)rows.data % 8 ? "rows" : "out");
+    if (bw_view_expect_shape("out", &out, 2, shape) || bw_stored_expect_apart("out", &out, &stored) ||
+        (v[6] && bw_view_expect_apart("out", &out, "rows", &rows)))
         goto done;
-    }
     Py_BEGIN_ALLOW_THREADS
     status = v[6] ? bw_dequantize_rows(&stored.tensor, (const int64_t *)rows.data, (ptrdiff_t)shape[0], matrix.dtype,
                                        out.data)

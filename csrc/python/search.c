@@ -44,10 +44,6 @@ PyObject *bw_py_search(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
         goto done;
     const int64_t shape[1] = {matrix.rows};
     if (v[3] && bw_view_array("row_importance", v[3], "float64", 1, shape, 0, &rows)) goto done;
-    if ((uintptr_t)rows.data % 8) {
-        PyErr_SetString(PyExc_ValueError, "row_importance: expected memory aligned to 8 bytes; got another address");
-        goto done;
-    }
     npy_intp out_shape[1] = {n};
     result = PyArray_SimpleNew(1, out_shape, NPY_FLOAT64);
     if (!result) goto done;

@@ -11,7 +11,7 @@ int bw_stored_acquire(PyObject *codes, PyObject *scales, PyObject *zeros, PyObje
     int64_t rows = s->codes.shape[0];
     bw_status status = bw_scheme_layout(&s->tensor.scheme, (ptrdiff_t)rows, (ptrdiff_t)n_cols, &s->layout);
     if (status) {
-        bw_raise("a stored matrix", "cols", status);
+        bw_raise("a stored matrix", "codes, cols", status);
         return -1;
     }
     const int64_t code_shape[2] = {rows, s->layout.row_bytes}, scale_shape[2] = {rows, s->layout.n_groups},
@@ -29,10 +29,6 @@ int bw_stored_acquire(PyObject *codes, PyObject *scales, PyObject *zeros, PyObje
         PyErr_SetString(PyExc_ValueError, "zeros: expected None, since the scheme is symmetric; got an array");
         return -1;
     }
-    if ((uintptr_t)s->scales.data % 2) {
-        PyErr_SetString(PyExc_ValueError, "scales: expected memory aligned to 2 bytes; got an odd address");
-        return -1;
-    }
     s->tensor.codes = (uint8_t *)s->codes.data;
     s->tensor.scales = (uint16_t *)s->scales.data;
     s->tensor.zeros = (uint8_t *)s->zeros.data;
@@ -45,6 +41,12 @@ void bw_stored_release(bw_stored *s) {
     bw_view_release(&s->codes);
     bw_view_release(&s->scales);
     bw_view_release(&s->zeros);
+}
+
+int bw_stored_expect_apart(const char *name, const bw_view *out, const bw_stored *s) {
+    if (bw_view_expect_apart(name, out, "codes", &s->codes) || bw_view_expect_apart(name, out, "scales", &s->scales))
+        return -1;
+    return s->zeros.data ? bw_view_expect_apart(name, out, "zeros", &s->zeros) : 0;
 }
 
 static PyObject *new_array(ptrdiff_t rows, ptrdiff_t cols, int type, void **data) {

@@ -10,8 +10,9 @@
 
 static const char *dtype_name(int code, int bits, char *buffer, size_t size) {
     static const char *const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-    if (code >= 0 && code < 7) snprintf(buffer, size, code == 6 ? "bool" : "%s%d", kinds[code], bits);
-    else snprintf(buffer, size, "DLPack type %d of %d bits", code, bits);
+    if (code == 6 && bits == 8) snprintf(buffer, size, "bool");
+    else if (code >= 0 && code < 7) snprintf(buffer, size, "%s%d", kinds[code], bits);
+    else snprintf(buffer, size, "float%d (DLPack type %d)", bits, code); /* the fp8, fp6 and fp4 kinds */
     return buffer;
 }
 
@@ -43,9 +44,15 @@ static void call_deleter(bw_view *view) {
     view->managed = NULL;
 }
 
+/* The producer's deleter may run Python code, which must not see the exception that is on its way. */
 void bw_view_release(bw_view *view) {
+    PyObject *type, *value, *traceback;
+    if (!view->capsule) return;
+    PyErr_Fetch(&type, &value, &traceback);
     call_deleter(view);
     Py_CLEAR(view->capsule);
+    if (PyErr_Occurred()) PyErr_WriteUnraisable(NULL);
+    PyErr_Restore(type, value, traceback);
 }
 
 /* Takes the tensor out of the capsule; after this view->managed must be released. */
@@ -68,33 +75,39 @@ static int take_tensor(const char *name, bw_view *view) {
     return 0;
 }
 
-/* Shape and strides, with no product that can overflow later on. */
+/* size *= n and reach += |stride| * (n - 1), or -1 when one does not fit. */
+static int extend(int64_t n, int64_t stride, int64_t *size, int64_t *reach) {
+    int64_t span;
+    if (__builtin_mul_overflow(*size, n, size) || __builtin_mul_overflow(stride, n - 1, &span)) return -1;
+    if (span < 0 && __builtin_sub_overflow((int64_t)0, span, &span)) return -1;
+    return __builtin_add_overflow(*reach, span, reach) ? -1 : 0;
+}
+
+/* Shape and strides, with no product that can overflow later on. A dimension of one element leads nowhere, so its
+ * stride, which may be anything, is replaced by the row-major one; an empty tensor has strides 0. */
 static int read_shape(const char *name, const DLTensor *t, bw_view *view) {
     if (t->ndim < 0 || t->ndim > BW_MAX_DIMS) {
         PyErr_Format(PyExc_ValueError, "%s: expected at most %d dimensions; got %d", name, BW_MAX_DIMS, (int)t->ndim);
         return -1;
     }
-    view->ndim = t->ndim;
-    int64_t size = 1, reach = view->bits / 8 ? view->bits / 8 : 1;
-    int empty = 0;
-    for (int i = 0; i < t->ndim; i++) empty |= t->shape[i] == 0;
-    for (int i = t->ndim - 1; i >= 0; i--) {
-        int64_t extent, bytes;
-        view->shape[i] = t->shape[i];
-        view->strides[i] = t->strides ? t->strides[i] : size;
-        int64_t stride = view->strides[i], span = stride < 0 ? -(stride + 1) : stride;
-        if (t->shape[i] < 0 || (!empty && (__builtin_mul_overflow(size, t->shape[i], &size) ||
-                                          __builtin_mul_overflow(span, t->shape[i], &extent) ||
-                                          __builtin_mul_overflow(extent, reach, &bytes)))) {
-            PyErr_Format(PyExc_ValueError, "%s: size of dimension %d does not fit in memory; got %lld", name, i,
-                         (long long)t->shape[i]);
-            return -1;
-        }
-        if (empty) size = 0;
+    if (t->ndim && !t->shape) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a shape; got a null pointer", name);
+        return -1;
     }
-    int64_t bytes;
-    if (__builtin_mul_overflow(size, (int64_t)8, &bytes)) {
-        PyErr_Format(PyExc_ValueError, "%s: %lld elements do not fit in memory", name, (long long)size);
+    int64_t size = 1, reach = 0, width = view->bits > 8 ? view->bits / 8 : 1, n_bytes;
+    int fits = 1, empty = 0;
+    view->ndim = t->ndim;
+    for (int i = 0; i < t->ndim; i++) {
+        view->shape[i] = t->shape[i];
+        fits &= t->shape[i] >= 0;
+        empty |= t->shape[i] == 0;
+    }
+    for (int i = t->ndim - 1; i >= 0 && fits && !empty; i--) {
+        view->strides[i] = t->strides && t->shape[i] != 1 ? t->strides[i] : size;
+        fits = !extend(t->shape[i], view->strides[i], &size, &reach);
+    }
+    if (!fits || __builtin_mul_overflow(reach, width, &n_bytes) || __builtin_mul_overflow(size, (int64_t)8, &n_bytes)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected sizes and strides that fit in memory; got others", name);
         return -1;
     }
     return 0;
@@ -130,13 +143,17 @@ static int read_tensor(const char *name, int flags, bw_view *view) {
         PyErr_Format(PyExc_ValueError, "%s: expected a tensor with memory behind it; got a null pointer", name);
         return -1;
     }
-    view->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    view->data = t->data ? (char *)((uintptr_t)t->data + (uintptr_t)t->byte_offset) : NULL;
     if ((flags & BW_WRITABLE) && view->read_only) {
         PyErr_Format(PyExc_ValueError, "%s: expected writable memory; got a read-only tensor", name);
         return -1;
     }
     if ((flags & BW_CONTIGUOUS) && !is_contiguous(view)) {
         PyErr_Format(PyExc_ValueError, "%s: expected contiguous memory; got a strided tensor (call .contiguous())", name);
+        return -1;
+    }
+    if ((flags & BW_CONTIGUOUS) && view->bits >= 8 && (uintptr_t)view->data % (uintptr_t)(view->bits / 8)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected aligned memory; got an address between elements", name);
         return -1;
     }
     return 0;
@@ -161,6 +178,29 @@ int64_t bw_view_size(const bw_view *view) {
         if (view->shape[i] == 0) return 0;
     for (int i = 0; i < view->ndim; i++) size *= view->shape[i];
     return size;
+}
+
+/* First byte and the byte past the last; both 0 when there is none. */
+static void span_of(const bw_view *view, intptr_t *first, intptr_t *end) {
+    intptr_t width = view->bits > 8 ? view->bits / 8 : 1;
+    *first = *end = 0;
+    if (!bw_view_size(view)) return;
+    *first = (intptr_t)view->data;
+    *end = *first + width;
+    for (int i = 0; i < view->ndim; i++) {
+        intptr_t span = (intptr_t)(view->strides[i] * (view->shape[i] - 1)) * width;
+        if (span < 0) *first += span;
+        else *end += span;
+    }
+}
+
+int bw_view_expect_apart(const char *name, const bw_view *out, const char *input, const bw_view *view) {
+    intptr_t out_first, out_end, first, end;
+    span_of(out, &out_first, &out_end);
+    span_of(view, &first, &end);
+    if (out_end <= first || end <= out_first) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected memory of its own; it overlaps %s", name, input);
+    return -1;
 }
 
 static PyObject *shape_tuple(int ndim, const int64_t *shape) {
@@ -211,7 +251,9 @@ int bw_view_matrix(const char *name, const bw_view *view, bw_matrix *matrix) {
     if (bw_view_expect_ndim(name, view, 2)) return -1;
     *matrix = (bw_matrix){view->data,       (ptrdiff_t)view->shape[0],   (ptrdiff_t)view->shape[1],
                           (ptrdiff_t)view->strides[0], (ptrdiff_t)view->strides[1], (bw_dtype)found};
-    return 0;
+    bw_status status = bw_check_matrix(matrix);
+    if (status) bw_raise("a matrix", name, status);
+    return status ? -1 : 0;
 }
 
 int bw_view_float_matrix(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix) {

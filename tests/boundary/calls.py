@@ -1,0 +1,103 @@
+"""One legal call of every function of the core: what the boundary tests vary. A new function is one line in CALLS."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+
+from bitween import Scheme, _core
+
+KEY = Scheme(3, 16).key
+Arguments = dict[str, object]
+
+# Functions that compute nothing worth releasing the GIL for.
+INSTANT = {"layout", "info", "set_isa", "set_num_threads", "get_num_threads"}
+
+
+def floats(*shape: int) -> np.ndarray:
+    return (np.random.default_rng(sum(shape)).standard_normal(shape) * 0.1).astype(np.float32)
+
+
+def stored(rows: int, cols: int) -> Arguments:
+    codes, scales, zeros = _core.quantize_rtn(floats(rows, cols), KEY)
+    return {"codes": codes, "scales": scales, "zeros": zeros, "scheme": KEY, "cols": cols}
+
+
+def encode(rows: int, cols: int) -> Arguments:
+    s = stored(rows, cols)
+    return {"weight": floats(rows, cols), "scales": s["scales"], "zeros": s["zeros"], "scheme": s["scheme"]}
+
+
+def moments(cols: int) -> np.ndarray:
+    x = floats(2 * cols, cols)
+    return x.T @ x
+
+
+def codes_of(rows: int, cols: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, (rows, cols), np.uint8)
+
+
+# name: (rows, cols) -> keyword arguments
+CALLS: dict[str, Callable[[int, int], Arguments]] = {
+    "quantize_rtn": lambda r, c: {"weight": floats(r, c), "scheme": KEY},
+    "quantize_clip": lambda r, c: {"weight": floats(r, c), "scheme": KEY, "importance": floats(r, c) ** 2},
+    "quantize_gptq": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "scheme": KEY, "sweeps": 1},
+    "search": lambda r, c: {
+        "weight": floats(r, c),
+        "schemes": (KEY, Scheme(8, -1, True).key),
+        "importance": floats(r, c) ** 2,
+        "row_importance": np.arange(1.0, r + 1),
+    },
+    "cross_entropy": lambda r, c: {"logits": floats(r, c), "targets": np.arange(r) % max(c, 1)},
+    "kl_divergence": lambda r, c: {"reference": floats(r, c), "logits": floats(r, c) ** 2},
+    "total": lambda r, c: {"x": floats(r, c)},
+    "encode": encode,
+    "dequantize": lambda r, c: {**stored(r, c), "out": floats(r, c), "rows": np.arange(r)},
+    "matmul": lambda r, c: {**stored(r, c), "x": floats(7, c), "bias": floats(r), "out": floats(7, r)},
+    "pack": lambda r, c: {"codes": codes_of(r, c), "levels": 3},
+    "unpack": lambda r, c: {"packed": _core.pack(codes_of(r, c), 3), "cols": c, "levels": 3},
+    "hessian_add": lambda r, c: {
+        "x": floats(r, c),
+        "hessian": floats(c, 9),
+        "y": floats(r, 9),
+        "weights": floats(r) ** 2,
+    },
+    "mirror_upper": lambda r, c: {"hessian": floats(c, c)},
+    "layout": lambda r, c: {"scheme": KEY, "rows": r, "cols": c},
+    "info": lambda r, c: {},
+    "set_isa": lambda r, c: {"name": None},
+    "set_num_threads": lambda r, c: {"n": 2},
+    "get_num_threads": lambda r, c: {},
+}
+
+FUNCTIONS = sorted(name for name, value in vars(_core).items() if inspect.isbuiltin(value))
+
+
+@functools.cache
+def _arguments(name: str, rows: int, cols: int) -> Arguments:
+    return CALLS[name](rows, cols)
+
+
+def arguments(name: str, rows: int = 5, cols: int = 70) -> Arguments:
+    """Fresh arguments of a legal call, the same ones each time."""
+    given = _arguments(name, rows, cols)
+    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in given.items()}
+
+
+def tensors_of(name: str) -> list[str]:
+    return [key for key, value in arguments(name).items() if isinstance(value, np.ndarray)]
+
+
+def as_bytes(result: object) -> list[bytes]:
+    """The bytes of a result, array by array."""
+    if isinstance(result, tuple):
+        return [data for part in result for data in as_bytes(part)]
+    return [result.tobytes() if isinstance(result, np.ndarray) else repr(result).encode()]
+
+
+def call(name: str, given: Arguments) -> list[bytes]:
+    """Call a function of the core by keyword; the bytes of its results."""
+    return as_bytes(getattr(_core, name)(**given))
