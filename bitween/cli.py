@@ -37,7 +37,7 @@ def quantize(
     evaluation_samples: Annotated[int, typer.Option(help="windows of text for the proof, at most")] = 200,
     ignore_layer: Annotated[list[str] | None, typer.Option(help="name or pattern of layers to leave alone")] = None,
     on_conflict: Annotated[str, typer.Option(help="quality, memory or error")] = "quality",
-    export_target: Annotated[str, typer.Option("--for", help="any, vllm, marlin or gguf")] = "any",
+    export_target: Annotated[str, typer.Option("--for", help="any, vllm or marlin")] = "any",
     dtype: Annotated[str, typer.Option(help="dtype to load the model in: auto, bfloat16, float32")] = "auto",
     seed: Annotated[int, typer.Option(help="same seed, same result")] = 0,
     dry_run: Annotated[bool, typer.Option(help="only show sizes and the least reachable bytes")] = False,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitween import blocks
+from bitween.export.targets import find_target
 from bitween.memory import MemoryAnalysis, analyze_memory, model_bytes
 from bitween.report import QuantizationReport
 from bitween.scheme import Scheme
@@ -19,7 +20,7 @@ from .candidate import shared_copy
 from .context import GradualContext
 from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
-from .items import Item, Option, Plan
+from .items import Item, Option, Plan, tie
 from .planner import InfeasibleTarget, frontier, uniform_plans
 from .precision_optimizer import PrecisionOptimizer, Realisation
 from .scores import KEEP, candidate_schemes, to_items
@@ -27,6 +28,7 @@ from .utils import Progress, budget_nats, check_share, no_progress
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
+PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
 ON_CONFLICT = ("quality", "memory", "error")
 
 
@@ -55,7 +57,8 @@ class GradualQuantizer:
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
-    export_target : "any", "vllm", "marlin" or "gguf": only schemes that this target runs are considered
+    export_target : "any", "vllm" or "marlin": only schemes that this target runs are considered, and layers that it
+        fuses share one
     schemes : candidates, default 2 to 8 bits, groups of 32 to 128, symmetric and not
     method : quantizer of layers below 8 bits
     transforms : "auto" rotates and folds where the architecture allows it, "none" leaves the weights' basis alone
@@ -114,11 +117,13 @@ class GradualQuantizer:
                 "tokenizer: expected a tokenizer, since calibration_data is no tensor of token ids; got None"
             )
         self.calibration_data, self.on_conflict = calibration_data, on_conflict
-        self.export_target, self.method, self.transforms = export_target, method, transforms
+        self.target, self.method, self.transforms = find_target(export_target), method, transforms
         self.seed, self.progress = int(seed), progress
         self.measure_importance, self.certify = importance, certify
         self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
-        self.schemes = tuple(schemes or candidate_schemes())
+        self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
+        if not self.schemes:
+            raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         self.layout = blocks.inspect(model)
         blocks.check_finite(model)
         self._dtype = self.layout.embedding.module.weight.dtype
@@ -133,7 +138,9 @@ class GradualQuantizer:
         started = time.monotonic()
         base, transforms = self._prepare()
         context = self._timed("text", lambda: self._build_context(base))
-        analyzer = ImportanceAnalyzer(base, self.tokenizer, context=context, progress=self.progress)
+        analyzer = ImportanceAnalyzer(
+            base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
+        )
         curvature = self._timed("curvature", analyzer.analyze_curvature)
         scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
         importance = self._timed("importance", analyzer.analyze_block_importance) if self.measure_importance else None
@@ -146,7 +153,7 @@ class GradualQuantizer:
             context=context,
             progress=self.progress,
         )
-        front = frontier(self._items(to_items(scores)))
+        front = frontier(self._items(to_items(scores), context))
         descent = Descent(front, self._realiser(optimizer), self.budget, self.safety_multiplier)
         chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
         chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
@@ -214,7 +221,9 @@ class GradualQuantizer:
 
     def _ignored(self, layer: blocks.Layer) -> bool:
         names = (layer.name, *layer.shared)
-        return not layer.plain or any(fnmatch.fnmatch(n, p) or n == p for n in names for p in self.ignore_layers)
+        if not layer.plain or (layer.kind == "embedding" and not self.target.embeddings):
+            return True
+        return any(fnmatch.fnmatch(n, p) or n == p for n in names for p in self.ignore_layers)
 
     def _size_items(self) -> list[Item]:
         items = []
@@ -225,7 +234,7 @@ class GradualQuantizer:
             items.append(Item(layer.name, tuple(options)))
         return items
 
-    def _items(self, items: list[Item]) -> list[Item]:
+    def _items(self, items: list[Item], context: GradualContext) -> list[Item]:
         """What may be planned: ignored layers keep what they are, and sizes are those of the user's own dtype."""
         found = []
         for item in items:
@@ -233,7 +242,10 @@ class GradualQuantizer:
             kept = layer.shape[0] * layer.shape[1] * self._dtype.itemsize
             options = [o for o in item.options if o.key is not KEEP and not self._ignored(layer)]
             found.append(Item(item.name, (*options, Option(KEEP, kept, 0.0))))
-        return found
+        if not self.target.fuses:
+            return found
+        shared = [names for i in range(len(context.layout.blocks)) for names in context.runner.shared_inputs(i)]
+        return tie(found, {" + ".join(names): names for names in shared if len(names) > 1})
 
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
@@ -348,7 +360,7 @@ class GradualQuantizer:
             "perplexity_increase": self.max_perplexity_increase,
             "confidence": self.confidence,
             "on_conflict": self.on_conflict,
-            "export_target": self.export_target,
+            "export_target": self.target.name,
             "method": self.method,
             "seed": self.seed,
             "average_bits": 8 * chosen.nbytes / weights,

@@ -82,6 +82,18 @@ def test_ignored_layers_stay(tiny_model, tiny_tokenizer):
     assert torch.equal(model.get_submodule(name).weight, tiny_model.get_submodule(name).weight)
 
 
+def test_vllm_gets_what_it_runs(tiny_model, tiny_tokenizer):
+    quantizer, model = run(tiny_model, tiny_tokenizer, 0.4, 0.3, export_target="vllm", certify=False)
+    plan = quantizer.get_quantization_report().plan
+    assert all(scheme == "kept" or (scheme.endswith("sym") and "asym" not in scheme) for scheme in plan.values())
+    assert plan["model.embed_tokens"] == "kept"
+    assert any(scheme != "kept" for scheme in plan.values())
+    for i in range(len(model.model.layers)):
+        block = f"model.layers.{i}."
+        assert len({plan[f"{block}self_attn.{x}_proj"] for x in "qkv"}) == 1
+        assert plan[block + "mlp.gate_proj"] == plan[block + "mlp.up_proj"]
+
+
 def test_unreachable_target_is_refused_at_once(tiny_model, tiny_tokenizer):
     with pytest.raises(InfeasibleTarget, match="expected at most 0"):
         GradualQuantizer(tiny_model, tiny_tokenizer, 0.99, 0.05)
@@ -95,6 +107,7 @@ def test_unreachable_target_is_refused_at_once(tiny_model, tiny_tokenizer):
         ({"max_perplexity_increase": float("nan")}, ValueError, "between 0 and 1"),
         ({"max_perplexity_increase": "a lot"}, TypeError, "expected a number"),
         ({"safety_multiplier": 0.5}, ValueError, "at least 1"),
+        ({"export_target": "toaster"}, ValueError, "export_target: expected one of any, vllm, marlin"),
         ({"on_conflict": "panic"}, ValueError, "quality, memory, error"),
         ({"tokenizer": None}, TypeError, "tokenizer"),
         ({"calibration_samples": 0}, ValueError, "at least 1"),
