@@ -51,19 +51,45 @@ static void load_weights(const gptq_job *job, ptrdiff_t first, ptrdiff_t n_rows,
     }
 }
 
-/* The range that costs least when `n` columns at `columns` are rounded to nearest as one group. */
-static bw_status clip_ranges(const gptq_job *job, const float *columns, const float *variance, ptrdiff_t n, bw_bench *b,
-                             bw_tile_grid *grid) {
+/* Ranges of `n` columns at `columns`, seen as one group: min-max, or clipped for the least error. */
+static bw_status find_ranges(const gptq_job *job, const float *columns, const float *variance, ptrdiff_t n, int clip,
+                             bw_bench *b, bw_tile_grid *grid) {
+    const bw_isa *isa = bw_cpu();
+    const bw_scheme *scheme = &job->tile.scheme;
     for (int i = 0; i < BW_TILE_ROWS; i++) {
         uint16_t scale;
         for (ptrdiff_t k = 0; k < n; k++) b->rows[k] = columns[k * BW_TILE_ROWS + i];
-        bw_status status = bw_cpu()->clip_grid(b->rows, n, n, &job->tile.scheme, variance, &scale, grid->zeros + i);
+        bw_status status = clip ? isa->clip_grid(b->rows, n, n, scheme, variance, &scale, grid->zeros + i)
+                                : isa->rtn_grid(b->rows, n, n, scheme, &scale, grid->zeros + i);
         if (status) return status;
         bw_matrix half = {&scale, 1, 1, 1, 1, BW_F16};
-        bw_cpu()->load_row(&half, 0, 0, 1, grid->scales + i);
+        isa->load_row(&half, 0, 0, 1, grid->scales + i);
         grid->inverses[i] = 1.0f / grid->scales[i];
     }
     return BW_OK;
+}
+
+void bw_tile_search(const bw_tile_job *job, const bw_tile *tile, const bw_tile_grid *start, bw_reach reach,
+                    float *errors, bw_tile_grid *best, float *best_costs) {
+    const bw_isa *isa = bw_cpu();
+    int levels = job->scheme.levels;
+    float narrowest = levels <= 4 ? 0.35f : levels == 8 ? 0.55f : levels == 16 ? 0.75f : 0.85f;
+    float coarse = reach == BW_NEXT ? 0.04f : 0.05f;
+    bw_tile_grid center = *start;
+    isa->tile_try(tile, start, 1, 0, errors, best, best_costs);
+    for (float ratio = 0.9f; reach == BW_WIDE && ratio > narrowest; ratio -= 0.1f)
+        isa->tile_try(tile, start, ratio, 0, errors, best, best_costs);
+    for (int shift = -1; shift <= 1; shift++) {
+        if (shift && (job->scheme.symmetric || reach == BW_NEXT)) continue;
+        if (shift || reach == BW_WIDE) center = *best;
+        if (shift) isa->tile_try(tile, &center, 1, (float)shift, errors, best, best_costs);
+        isa->tile_try(tile, &center, 1 - coarse, (float)shift, errors, best, best_costs);
+        isa->tile_try(tile, &center, 1 + coarse, (float)shift, errors, best, best_costs);
+    }
+    if (reach == BW_NEXT) return;
+    center = *best;
+    isa->tile_try(tile, &center, 0.975f, 0, errors, best, best_costs);
+    isa->tile_try(tile, &center, 1.025f, 0, errors, best, best_costs);
 }
 
 /* What the block is rounded from: its weights plus the feedback of all columns before it. */
@@ -78,7 +104,7 @@ static bw_status round_tile(const gptq_job *job, bw_bench *b) {
     int own_range = job->layout.group <= BW_LONGEST_BLOCK;
     memset(b->costs, 0, sizeof b->costs);
     if (!own_range) {
-        bw_status status = clip_ranges(job, b->weight, f->variance, f->n, b, b->grids);
+        bw_status status = find_ranges(job, b->weight, f->variance, f->n, 1, b, b->grids);
         if (status) return status;
     }
     for (ptrdiff_t i = 0; i < f->n_blocks; i++) {
@@ -90,11 +116,11 @@ static bw_status round_tile(const gptq_job *job, bw_bench *b) {
         find_base(f, block, b);
         if (own_range) {
             bw_tile_grid start;
-            bw_status status = clip_ranges(job, b->base, t.variance, block->n, b, &start);
+            bw_status status = find_ranges(job, b->base, NULL, block->n, 0, b, &start);
             if (status) return status;
             b->grids[block->group] = start;
             for (int r = 0; r < BW_TILE_ROWS; r++) costs[r] = 3e38f;
-            bw_tile_search(&job->tile, &t, &start, b->trial_errors, b->grids + block->group, costs);
+            bw_tile_search(&job->tile, &t, &start, BW_WIDE, b->trial_errors, b->grids + block->group, costs);
         }
         bw_cpu()->tile_round(&t, b->grids + block->group, b->errors + at, b->codes + at, costs);
         for (int r = 0; r < BW_TILE_ROWS; r++) b->costs[r] += (double)costs[r];

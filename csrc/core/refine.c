@@ -8,37 +8,6 @@
 
 #include <string.h>
 
-void bw_tile_search(const bw_tile_job *job, const bw_tile *tile, const bw_tile_grid *start, float *errors,
-                    bw_tile_grid *best, float *best_costs) {
-    static const float ratios[] = {0.9f, 0.95f, 1.05f, 1.1f, 0.975f, 1.025f};
-    const bw_isa *isa = bw_cpu();
-    bw_tile_grid center = *start;
-    isa->tile_try(tile, start, 1, 0, errors, best, best_costs);
-    for (int i = 0; i < 4; i++) isa->tile_try(tile, start, ratios[i], 0, errors, best, best_costs);
-    for (int shift = -1; shift <= 1 && !job->scheme.symmetric; shift += 2) {
-        center = *best;
-        isa->tile_try(tile, &center, 1, (float)shift, errors, best, best_costs);
-        for (int i = 0; i < 4; i++) isa->tile_try(tile, &center, ratios[i], (float)shift, errors, best, best_costs);
-    }
-    center = *best;
-    for (int i = 4; i < 6; i++) isa->tile_try(tile, &center, ratios[i], 0, errors, best, best_costs);
-}
-
-/* Rows whose trial costs less take over trial errors and codes. */
-static void keep_better(const bw_tile *t, const float *before, const float *after, const bw_tile_grid *trial,
-                        bw_tile_grid *grid, const bw_bench *b, float *errors, uint8_t *codes) {
-    for (int i = 0; i < BW_TILE_ROWS; i++) {
-        if (!(after[i] < before[i])) continue;
-        grid->scales[i] = trial->scales[i];
-        grid->inverses[i] = trial->inverses[i];
-        grid->zeros[i] = trial->zeros[i];
-        for (ptrdiff_t k = 0; k < t->n; k++) {
-            errors[k * BW_TILE_ROWS + i] = b->trial_errors[k * BW_TILE_ROWS + i];
-            codes[k * BW_TILE_ROWS + i] = b->trial_codes[k * BW_TILE_ROWS + i];
-        }
-    }
-}
-
 /* pull = sum over the columns outside the block of E[j] A[j][k]. */
 static void find_pull(const bw_factor *f, const bw_block *block, const bw_bench *b) {
     const float *rows = f->hessian + block->first * f->n;
@@ -49,7 +18,7 @@ static void find_pull(const bw_factor *f, const bw_block *block, const bw_bench 
              BW_TILE_ROWS, 1, b->pull, BW_TILE_ROWS);
 }
 
-static double refine_block(const bw_tile_job *job, const bw_block *block, bw_bench *b) {
+static double refine_block(const bw_tile_job *job, const bw_block *block, int first_sweep, bw_bench *b) {
     const bw_factor *f = job->factor;
     const bw_isa *isa = bw_cpu();
     ptrdiff_t at = block->first * BW_TILE_ROWS, bytes = block->n * BW_TILE_ROWS * 4;
@@ -65,9 +34,9 @@ static double refine_block(const bw_tile_job *job, const bw_block *block, bw_ben
     isa->tile_aim(&t, b->levels, b->base);
     isa->tile_cost(&t, errors, before);
     memcpy(after, before, sizeof after);
-    if (own_range) bw_tile_search(job, &t, grid, b->trial_errors, &trial, after);
+    if (own_range) bw_tile_search(job, &t, grid, first_sweep ? BW_NEAR : BW_NEXT, b->trial_errors, &trial, after);
     isa->tile_round(&t, &trial, b->trial_errors, b->trial_codes, after);
-    keep_better(&t, before, after, &trial, grid, b, errors, codes);
+    isa->tile_keep(t.n, before, after, &trial, b->trial_errors, b->trial_codes, grid, errors, codes);
     for (int pass = 0; pass < 2; pass++) {
         int moved = isa->tile_descend(&t, hessian, f->n, b->pull, grid, errors, codes);
         if (!moved && pass) break;
@@ -86,7 +55,7 @@ void bw_tile_refine(const bw_tile_job *job, bw_bench *b) {
     for (int sweep = 0; sweep < job->options->sweeps; sweep++) {
         double gain = 0, total = 0;
         for (int i = 0; i < BW_TILE_ROWS; i++) total += b->costs[i];
-        for (ptrdiff_t i = 0; i < job->factor->n_blocks; i++) gain += refine_block(job, job->factor->blocks + i, b);
+        for (ptrdiff_t i = 0; i < job->factor->n_blocks; i++) gain += refine_block(job, job->factor->blocks + i, sweep == 0, b);
         if (!(gain > job->options->tolerance * total)) break;
     }
 }

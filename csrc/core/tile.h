@@ -25,10 +25,13 @@ typedef struct {
     ptrdiff_t group;
 } bw_tile_job;
 
+/* How far a search goes: from a min-max range; around a grid that was searched before; right beside it. */
+typedef enum { BW_WIDE, BW_NEAR, BW_NEXT } bw_reach;
+
 /* Grids around `start` are tried; the best of each row ends up in `best`, its cost in best_costs (both filled
  * before: what must be beaten). */
-void bw_tile_search(const bw_tile_job *job, const bw_tile *tile, const bw_tile_grid *start, float *errors,
-                    bw_tile_grid *best, float *best_costs);
+void bw_tile_search(const bw_tile_job *job, const bw_tile *tile, const bw_tile_grid *start, bw_reach reach,
+                    float *errors, bw_tile_grid *best, float *best_costs);
 /* Sweeps of block coordinate descent from what `bench` holds; never raises a row's cost. */
 void bw_tile_refine(const bw_tile_job *job, bw_bench *bench);
 

@@ -17,6 +17,6 @@
         .clip_grid = clip_grid,                                                                              \
         .find_ranges = find_ranges, .range_grid = range_grid, .grid_error = grid_error,                      \
         .tile_round = tile_round, .tile_try = tile_try, .tile_cost = tile_cost, .tile_aim = tile_aim,        \
-        .tile_descend = tile_descend, .tile_refit = tile_refit,                                              \
+        .tile_descend = tile_descend, .tile_refit = tile_refit, .tile_keep = tile_keep,                      \
         .block_max = block_max, .block_exp = block_exp, .block_kl = block_kl,                                \
     }

@@ -51,20 +51,29 @@ static inline void round_columns(const bw_tile *t, const bw_tile_grid *grid, flo
     for (int v = 0; v < TILE_VECTORS; v++) bw_store(costs + 16 * v, cost[v]);
 }
 
+/* As fp16 holds it, within what a scale may be; NaN becomes the smallest. */
+static inline bw_vf round_scale(bw_vf scale) {
+    uint16_t half[16];
+    bw_store_f16(half, bw_min(bw_max(scale, bw_set(0x1p-24f)), bw_set(65504.0f)));
+    return bw_load_f16(half);
+}
+
 /* The grid with its steps times `ratio`, as fp16 holds them, and its zeros moved by `shift`. */
 static inline void vary_grid(const bw_tile *t, const bw_tile_grid *from, float ratio, float shift, bw_tile_grid *to) {
-    uint16_t half[16];
-    bw_vf smallest = bw_set(0x1p-24f), largest = bw_set(65504.0f), one = bw_set(1);
     for (int v = 0; v < TILE_VECTORS; v++) {
-        bw_vf scale = bw_min(bw_max(bw_mul(bw_load(from->scales + 16 * v), bw_set(ratio)), smallest), largest);
-        bw_store_f16(half, scale);
-        scale = bw_load_f16(half);
+        bw_vf scale = round_scale(bw_mul(bw_load(from->scales + 16 * v), bw_set(ratio)));
         bw_store(to->scales + 16 * v, scale);
-        bw_store(to->inverses + 16 * v, bw_div(one, scale));
+        bw_store(to->inverses + 16 * v, bw_div(bw_set(1), scale));
         bw_vf zero = bw_load(from->zeros + 16 * v);
         if (shift != 0) zero = bw_min(bw_max(bw_add(zero, bw_set(shift)), bw_set(0)), bw_set(t->top));
         bw_store(to->zeros + 16 * v, zero);
     }
+}
+
+static inline void keep_grid(bw_vf new, bw_vf old, const bw_tile_grid *trial, bw_tile_grid *grid, int i) {
+    bw_store(grid->scales + i, bw_select_less(new, old, bw_load(trial->scales + i), bw_load(grid->scales + i)));
+    bw_store(grid->inverses + i, bw_select_less(new, old, bw_load(trial->inverses + i), bw_load(grid->inverses + i)));
+    bw_store(grid->zeros + i, bw_select_less(new, old, bw_load(trial->zeros + i), bw_load(grid->zeros + i)));
 }
 
 static void tile_round(const bw_tile *t, const bw_tile_grid *grid, float *errors, uint8_t *codes, float *costs) {
@@ -77,12 +86,24 @@ static void tile_try(const bw_tile *t, const bw_tile_grid *start, float ratio, f
     float costs[BW_TILE_ROWS];
     vary_grid(t, start, ratio, shift, &grid);
     round_columns(t, &grid, errors, NULL, costs);
-    for (int i = 0; i < BW_TILE_ROWS; i++) {
-        int better = costs[i] < best_costs[i];
-        best_costs[i] = better ? costs[i] : best_costs[i];
-        best->scales[i] = better ? grid.scales[i] : best->scales[i];
-        best->inverses[i] = better ? grid.inverses[i] : best->inverses[i];
-        best->zeros[i] = better ? grid.zeros[i] : best->zeros[i];
+    for (int i = 0; i < BW_TILE_ROWS; i += 16) {
+        bw_vf cost = bw_load(costs + i), least = bw_load(best_costs + i);
+        keep_grid(cost, least, &grid, best, i);
+        bw_store(best_costs + i, bw_min(cost, least));
+    }
+}
+
+/* Takes over the trial in the rows where it costs less. */
+static void tile_keep(ptrdiff_t n, const float *before, const float *after, const bw_tile_grid *trial,
+                      const float *trial_errors, const uint8_t *trial_codes, bw_tile_grid *grid, float *errors,
+                      uint8_t *codes) {
+    for (int i = 0; i < BW_TILE_ROWS; i += 16) {
+        bw_vf old = bw_load(before + i), new = bw_load(after + i);
+        keep_grid(new, old, trial, grid, i);
+        for (ptrdiff_t at = i; at < n * BW_TILE_ROWS; at += BW_TILE_ROWS) {
+            bw_store(errors + at, bw_select_less(new, old, bw_load(trial_errors + at), bw_load(errors + at)));
+            bw_store_u8(codes + at, bw_select_less(new, old, bw_load_u8(trial_codes + at), bw_load_u8(codes + at)));
+        }
     }
 }
 
@@ -168,21 +189,14 @@ static void tile_refit(const bw_tile *t, const float *hessian, ptrdiff_t stride,
             curve[v] = bw_fma(level, y[v], curve[v]);
         }
     }
-    float slopes[BW_TILE_ROWS], curves[BW_TILE_ROWS];
     for (int v = 0; v < TILE_VECTORS; v++) {
-        bw_store(slopes + 16 * v, slope[v]);
-        bw_store(curves + 16 * v, curve[v]);
-    }
-    for (int i = 0; i < BW_TILE_ROWS; i++) {
-        float wanted = grid->scales[i] + slopes[i] / curves[i];
-        if (!(curves[i] > 0) || !(wanted >= 0x1p-24f && wanted <= 65504.0f)) continue;
-        float scale = bw_from_f16(bw_to_f16(wanted)), change = scale - grid->scales[i];
-        if (!(change * change * curves[i] - 2 * change * slopes[i] < 0)) continue;
-        grid->scales[i] = scale;
-        grid->inverses[i] = 1.0f / scale;
-        for (ptrdiff_t k = 0; k < t->n; k++) {
-            ptrdiff_t at = k * BW_TILE_ROWS + i;
-            errors[at] = t->weight[at] - levels[at] * scale;
-        }
+        bw_vf old = bw_load(grid->scales + 16 * v), none = bw_set(0);
+        bw_vf new = round_scale(bw_add(old, bw_div(slope[v], curve[v]))), change = bw_sub(new, old);
+        bw_vf cost = bw_mul(change, bw_sub(bw_mul(change, curve[v]), bw_add(slope[v], slope[v])));
+        new = bw_select_less(cost, none, new, old);
+        bw_store(grid->scales + 16 * v, new);
+        bw_store(grid->inverses + 16 * v, bw_div(bw_set(1), new));
+        for (ptrdiff_t at = 16 * v; at < t->n * BW_TILE_ROWS; at += BW_TILE_ROWS)
+            bw_store(errors + at, bw_sub(bw_load(t->weight + at), bw_mul(bw_load(levels + at), new)));
     }
 }

@@ -64,6 +64,9 @@ typedef struct {
     void (*tile_round)(const bw_tile *tile, const bw_tile_grid *grid, float *errors, uint8_t *codes, float *costs);
     void (*tile_try)(const bw_tile *tile, const bw_tile_grid *start, float ratio, float shift, float *errors,
                      bw_tile_grid *best, float *best_costs);
+    void (*tile_keep)(ptrdiff_t n, const float *before, const float *after, const bw_tile_grid *trial,
+                      const float *trial_errors, const uint8_t *trial_codes, bw_tile_grid *grid, float *errors,
+                      uint8_t *codes);
     void (*tile_cost)(const bw_tile *tile, const float *errors, float *costs);
     void (*tile_aim)(const bw_tile *tile, float *pull, float *base);
     int (*tile_descend)(const bw_tile *tile, const float *hessian, ptrdiff_t stride, const float *pull,
