@@ -1,5 +1,6 @@
 /* Units of 64 codes in plain C on top of the vector vocabulary, for sets without bytes to shuffle: a unit is 64 bytes,
  * a span its address, whole numbers are int16_t in the order of the columns. */
+#define BW_PLAIN_UNITS
 
 typedef struct {
     uint8_t v[64];

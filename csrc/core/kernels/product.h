@@ -176,10 +176,16 @@ static inline __attribute__((always_inline)) void add_unit(const bw_few *job, co
     }
 }
 
+/* Sets with registers for a unit compile the main loop for each case; those in plain C share one. */
+#ifdef BW_PLAIN_UNITS
+#define BW_EACH_CASE static __attribute__((noinline, noclone))
+#else
+#define BW_EACH_CASE static inline __attribute__((always_inline))
+#endif
+
 /* out (n_tokens rows of OUT_STRIDE) = the block times tokens. */
-static inline __attribute__((always_inline)) void multiply_block(const bw_few *job, const row_block *b, ptrdiff_t token,
-                                                                 int n_tokens, int digits, int ternary, int wide,
-                                                                 float *out) {
+BW_EACH_CASE void multiply_block(const bw_few *job, const row_block *b, ptrdiff_t token, int n_tokens, int digits,
+                                 int ternary, int wide, float *out) {
     const char *tokens[TOKENS_AT_ONCE];
     bw_vf sums[ROWS_AT_ONCE * TOKENS_AT_ONCE];
     for (int t = 0; t < n_tokens; t++) tokens[t] = job->tokens + (token + t) * job->token_bytes;
@@ -201,7 +207,9 @@ static inline __attribute__((always_inline)) void multiply_block(const bw_few *j
     for (int t = 0; t < n_tokens; t++) bw_sum_four(sums + t * ROWS_AT_ONCE, out + t * OUT_STRIDE);
 }
 
-/* The loop above, compiled for one or four tokens, zero to two digits, both codings, both widths of a cell. */
+#undef BW_EACH_CASE
+
+/* The loop above for one or four tokens, zero to two digits, both codings, both widths of a cell. */
 static inline __attribute__((always_inline)) void choose_digits(const bw_few *job, const row_block *b, ptrdiff_t token,
                                                                 int n_tokens, int ternary, int wide, float *out) {
     if (job->digits == 1) multiply_block(job, b, token, n_tokens, 1, ternary, wide, out);
