@@ -14,6 +14,7 @@ from .scheme import Scheme
 
 __all__ = ["QuantizedTensor"]
 
+MODES = {"exact": 0, "int8": 1, "int16": 2}  # as the core numbers them
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -89,7 +90,7 @@ class QuantizedTensor:
         _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out, rows)
         return out
 
-    def matmul(self, x: Any, bias: Any = None, out: Any = None) -> Any:
+    def matmul(self, x: Any, bias: Any = None, out: Any = None, mode: str = "exact") -> Any:
         """x times the transposed matrix, plus bias; sums are fp32.
 
         Parameters
@@ -97,6 +98,8 @@ class QuantizedTensor:
         x : (..., cols) float32, float16 or bfloat16 on the CPU; NumPy or torch
         bias : (rows,), optional
         out : contiguous (..., rows) tensor to fill instead of a new one of x's dtype
+        mode : "exact" takes activations as they are; "int16" and "int8" round them on the fly, where x has at most
+            16 rows, to whole numbers with a scale for each 16 columns
 
         Returns
         -------
@@ -109,11 +112,18 @@ class QuantizedTensor:
             out = x.new_empty(shape) if hasattr(x, "new_empty") else np.empty(shape, x.dtype)
         if x.ndim > 2:  # folds leading dimensions, with a copy where their strides do not allow a view
             x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        _core.matmul(x, self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], bias, out)
+        stored = (self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1])
+        _core.matmul(x, *stored, bias, out, _mode_number(mode))
         return out
 
     def __repr__(self) -> str:
         return f"QuantizedTensor(shape={self.shape}, scheme='{self.scheme}', nbytes={self.nbytes:,})"
+
+
+def _mode_number(mode: str) -> int:
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}; got {mode!r}")
+    return MODES[mode]
 
 
 def _empty(shape: tuple[int, int], dtype: Any) -> Any:

@@ -30,18 +30,20 @@ static int view_rows(const char *name, bw_view *view, bw_matrix *matrix) {
 }
 
 const char bw_doc_matmul[] =
-    "matmul(x, codes, scales, zeros, scheme, cols, bias, out)\n--\n\n"
-    "Write x WT + bias into `out`: x (..., cols), bias (rows,) or None, out contiguous (..., rows).";
+    "matmul(x, codes, scales, zeros, scheme, cols, bias, out, mode=0)\n--\n\n"
+    "Write x WT + bias into `out`: x (..., cols), bias (rows,) or None, out contiguous (..., rows).\n\n"
+    "mode: 0 takes activations as they are, 1 and 2 round them to as many bytes where x has at most 16 rows.";
 
 PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"x", "codes", "scales", "zeros", "scheme", "cols", "bias", "out", NULL};
-    PyObject *v[8], *result = NULL;
+    static const char *const names[] = {"x", "codes", "scales", "zeros", "scheme", "cols", "bias", "out", "|", "mode", NULL};
+    PyObject *v[9], *result = NULL;
     bw_view x = {0}, bias = {0}, out = {0};
     bw_stored stored = {0};
     bw_matrix activations, added = {0}, target;
+    int64_t mode = 0;
     bw_status status;
-    if (bw_parse("matmul", names, args, n_args, keywords, v) ||
+    if (bw_parse("matmul", names, args, n_args, keywords, v) || bw_arg_int("mode", v[8], 0, 2, &mode) ||
         bw_stored_acquire(v[1], v[2], v[3] == Py_None ? NULL : v[3], v[4], v[5], &stored) ||
         bw_view_acquire("x", v[0], 0, &x) || view_rows("x", &x, &activations) ||
         bw_view_acquire("out", v[7], BW_WRITABLE | BW_CONTIGUOUS, &out) || view_rows("out", &out, &target))
@@ -57,7 +59,8 @@ PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
         bw_view_expect_apart("out", &out, "x", &x) || bw_stored_expect_apart("out", &out, &stored))
         goto done;
     Py_BEGIN_ALLOW_THREADS
-    status = bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, target.dtype, out.data);
+    status = bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, (bw_mode)mode, target.dtype,
+                       out.data);
     Py_END_ALLOW_THREADS
     if (status) bw_raise("matmul", "codes", status);
     else result = Py_NewRef(Py_None);

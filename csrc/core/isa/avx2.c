@@ -121,6 +121,136 @@ static inline float bw_reduce_max(bw_vf x) {
 #define bw_pext(x, mask) _pext_u64(x, mask)
 #define bw_pdep(x, mask) _pdep_u64(x, mask)
 
+/* x[lanes[i]] for each lane; lanes below 8. */
+static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
+    return (bw_vf){_mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes)),
+                   _mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes + 1))};
+}
+static inline __m128 sum_to_four(bw_vf x) {
+    __m256 eight = _mm256_add_ps(x.a, x.b);
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+/* bw_sum of four vectors at once. */
+static inline void bw_sum_four(const bw_vf *x, float *out) {
+    __m128 a = sum_to_four(x[0]), b = sum_to_four(x[1]), c = sum_to_four(x[2]), d = sum_to_four(x[3]);
+    __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)); /* a0+a2 a1+a3 b0+b2 b1+b3 */
+    __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+}
+
+/* 64 codes, one in 16 bits, so that products with 16-bit numbers never saturate. A register holds
+ * codes 0..7 | 16..23, the next 8..15 | 24..31 of each 32, so that each half sums one run of 16. */
+typedef struct {
+    __m256i v[4];
+} bw_codes;
+/* Bytes that hold a code to 16 bits, a multiplication that shifts its top bit up to bit 15, a shift down. */
+typedef struct {
+    __m256i pick[2], lift[2];
+    __m128i down;
+    int bits;
+} bw_reader;
+typedef struct {
+    const uint8_t *p;
+} bw_span;
+
+static inline bw_reader bw_read_dense(int bits) {
+    bw_reader reader = {.down = _mm_cvtsi32_si128(16 - bits), .bits = bits};
+    uint8_t pick[2][16];
+    uint16_t lift[2][8];
+    for (int i = 0; i < 16; i++) {
+        int bit = i * bits;
+        pick[i / 8][2 * (i % 8)] = (uint8_t)(bit / 8);
+        pick[i / 8][2 * (i % 8) + 1] = (uint8_t)(bit / 8 + 1);
+        lift[i / 8][i % 8] = (uint16_t)(1 << (16 - bits - bit % 8));
+    }
+    for (int h = 0; h < 2; h++) {
+        reader.pick[h] = _mm256_broadcastsi128_si256(load_half(pick[h], 0));
+        reader.lift[h] = _mm256_broadcastsi128_si256(load_half(lift[h], 0));
+    }
+    return reader;
+}
+static inline bw_span bw_open_dense(const uint8_t *p, const bw_reader *reader) {
+    (void)reader;
+    return (bw_span){p};
+}
+static inline bw_codes bw_take_dense(const bw_span *span, const bw_reader *reader) {
+    bw_codes codes;
+    for (int h = 0; h < 2; h++) {
+        const uint8_t *p = span->p + 4 * h * reader->bits;
+        __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(p, 0)),
+                                                load_half(p + 2 * reader->bits, 0), 1);
+        for (int i = 0; i < 2; i++) {
+            __m256i lifted = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, reader->pick[i]), reader->lift[i]);
+            codes.v[2 * h + i] = _mm256_srl_epi16(lifted, reader->down);
+        }
+    }
+    return codes;
+}
+
+/* Ternary: byte / 3^j as (256 byte) (2^15 / 3^j, rounded up) / 2^23, which is exact below 243; then the rest by 3. */
+static const uint16_t third_powers[24] = {32768, 10923, 3641, 1214, 405, 32768, 10923, 3641, 1214, 405, 32768, 10923,
+                                          3641, 1214, 405, 32768, 10923, 3641, 1214, 405, 32768, 10923, 3641, 1214};
+#define FIFTHS4(b) b, b, b, b, b, b + 1, b + 1, b + 1, b + 1, b + 1, b + 2, b + 2, b + 2, b + 2, b + 2, b + 3, b + 3, \
+                   b + 3, b + 3, b + 3
+static const uint8_t fifths[80] = {FIFTHS4(0), FIFTHS4(4), FIFTHS4(8), FIFTHS4(12)};
+
+static inline bw_reader bw_read_ternary(void) {
+    return (bw_reader){.bits = 0};
+}
+static inline bw_span bw_open_ternary(const uint8_t *p) {
+    return (bw_span){p};
+}
+/* Eight codes from code `first` of 16 bytes on: which byte, moved to the upper half of 16 bits. */
+static inline __m128i pick_fifths(int first) {
+    __m128i index = _mm_loadl_epi64((const __m128i *)(fifths + first));
+    return _mm_unpacklo_epi8(_mm_set1_epi8((char)0x80), index);
+}
+static inline bw_codes bw_take_ternary(const bw_span *span, int k, const bw_reader *reader) {
+    (void)reader;
+    bw_codes codes;
+    int offset = 64 * k % 5;
+    __m256i bytes = _mm256_broadcastsi128_si256(load_half(span->p + 64 * k / 5, 0));
+    for (int i = 0; i < 4; i++) {
+        int at = offset + 32 * (i / 2) + 8 * (i % 2);
+        __m256i pick = _mm256_set_m128i(pick_fifths(at + 16), pick_fifths(at));
+        __m256i power = _mm256_set_m128i(load_half(third_powers + (at + 16) % 5, 0), load_half(third_powers + at % 5, 0));
+        __m256i quotient = _mm256_srli_epi16(_mm256_mulhi_epu16(_mm256_shuffle_epi8(bytes, pick), power), 7);
+        __m256i third = _mm256_mulhi_epu16(quotient, _mm256_set1_epi16(21846));
+        codes.v[i] = _mm256_sub_epi16(quotient, _mm256_add_epi16(third, _mm256_add_epi16(third, third)));
+    }
+    return codes;
+}
+
+static inline __m256 widen_codes(__m128i eight) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(eight));
+}
+/* Codes 16k .. 16k+15 as numbers. */
+static inline bw_vf bw_code_floats(bw_codes codes, int k) {
+    __m256i a = codes.v[k / 2 * 2], b = codes.v[k / 2 * 2 + 1];
+    if (k % 2) return (bw_vf){widen_codes(_mm256_extracti128_si256(a, 1)), widen_codes(_mm256_extracti128_si256(b, 1))};
+    return (bw_vf){widen_codes(_mm256_castsi256_si128(a)), widen_codes(_mm256_castsi256_si128(b))};
+}
+/* 64 whole numbers of 16 bits, in the order of the codes. */
+static inline void bw_store_digits(void *record, const bw_vf *whole, int digits) {
+    (void)digits;
+    for (int h = 0; h < 2; h++) {
+        bw_vf x = whole[2 * h], y = whole[2 * h + 1];
+        __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(y.a));
+        __m256i second = _mm256_packs_epi32(_mm256_cvtps_epi32(x.b), _mm256_cvtps_epi32(y.b));
+        _mm256_storeu_si256((__m256i *)record + 2 * h, _mm256_permute4x64_epi64(first, 0xd8));
+        _mm256_storeu_si256((__m256i *)record + 2 * h + 1, _mm256_permute4x64_epi64(second, 0xd8));
+    }
+}
+/* Sums of four products a lane: codes times whole numbers. */
+static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
+    (void)digits;
+    __m256i sums[4];
+    for (int i = 0; i < 4; i++)
+        sums[i] = _mm256_madd_epi16(codes.v[i], _mm256_loadu_si256((const __m256i *)record + i));
+    return (bw_vf){_mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1])),
+                   _mm256_cvtepi32_ps(_mm256_add_epi32(sums[2], sums[3]))};
+}
+
 #include "../kernels/all.h"
 
 #pragma GCC pop_options

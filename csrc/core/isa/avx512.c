@@ -98,6 +98,107 @@ static inline float bw_reduce_max(bw_vf x) {
 #define bw_pext(x, mask) _pext_u64(x, mask)
 #define bw_pdep(x, mask) _pdep_u64(x, mask)
 
+/* x[lanes[i]] for each lane; lanes below 8. */
+static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), x);
+}
+static inline bw_vf add_halves(bw_vf x, bw_vf y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+}
+/* bw_sum of four vectors at once. */
+static inline void bw_sum_four(const bw_vf *x, float *out) {
+    bw_vf halves[2] = {add_halves(x[0], x[1]), add_halves(x[2], x[3])};
+    bw_vf fours = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                                _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+    bw_vf twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4e));
+    bw_vf ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xb1));
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones)));
+}
+
+/* 64 codes, one a byte. A dense reader: the byte where eight codes start, then the bit of each code within them. */
+typedef __m512i bw_codes;
+typedef struct {
+    __m512i index, shift, mask;
+} bw_reader;
+typedef struct {
+    __m512i bytes, fifth;
+} bw_span;
+
+static inline bw_reader bw_read_dense(int bits) {
+    const __m512i eighth = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i start = _mm512_mullo_epi64(eighth, _mm512_set1_epi64(bits * 0x0101010101010101));
+    return (bw_reader){_mm512_add_epi8(start, _mm512_set1_epi64(0x0706050403020100)),
+                       _mm512_set1_epi64(bits * 0x0706050403020100), _mm512_set1_epi8((char)((1 << bits) - 1))};
+}
+static inline bw_span bw_open_dense(const uint8_t *p, const bw_reader *reader) {
+    (void)reader;
+    return (bw_span){_mm512_loadu_si512(p), _mm512_setzero_si512()};
+}
+static inline bw_codes bw_take_dense(const bw_span *span, const bw_reader *reader) {
+    __m512i eight = _mm512_permutexvar_epi8(reader->index, span->bytes);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(reader->shift, eight), reader->mask);
+}
+
+/* Ternary: 64 bytes hold 320 codes. Tables turn each byte into its first four digits, 2 bits each, beside the fifth
+ * digit; the unit k then picks byte and digit of each of its codes. */
+#define DIGITS1(x) x, x + 1, x + 2
+#define DIGITS2(x) DIGITS1(x), DIGITS1(x + 4), DIGITS1(x + 8)
+#define DIGITS3(x) DIGITS2(x), DIGITS2(x + 16), DIGITS2(x + 32)
+#define DIGITS4(x) DIGITS3(x), DIGITS3(x + 64), DIGITS3(x + 128)
+static const uint8_t four_digits[256] = {DIGITS4(0), DIGITS4(0), DIGITS4(0)};
+#define PICK1(b) b, b, b, b, 64 + b
+#define PICK4(b) PICK1(b), PICK1(b + 1), PICK1(b + 2), PICK1(b + 3)
+#define PICK16(b) PICK4(b), PICK4(b + 4), PICK4(b + 8), PICK4(b + 12)
+static const uint8_t pick_digit[320] = {PICK16(0), PICK16(16), PICK16(32), PICK16(48)};
+#define SHIFT5(b) 8 * ((b) % 8), 8 * ((b + 1) % 8) + 2, 8 * ((b + 2) % 8) + 4, 8 * ((b + 3) % 8) + 6, 8 * ((b + 4) % 8)
+#define SHIFT20(b) SHIFT5(b), SHIFT5(b + 5), SHIFT5(b + 10), SHIFT5(b + 15)
+static const uint8_t shift_digit[120] = {SHIFT20(0), SHIFT20(20), SHIFT20(40), SHIFT20(60), SHIFT20(80), SHIFT20(100)};
+
+static inline bw_reader bw_read_ternary(void) {
+    return (bw_reader){.mask = _mm512_set1_epi8(3)};
+}
+static inline bw_span bw_open_ternary(const uint8_t *p) {
+    __m512i v = _mm512_loadu_si512(p), one = _mm512_set1_epi8(1);
+    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(four_digits), v, _mm512_loadu_si512(four_digits + 64));
+    __m512i high =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(four_digits + 128), v, _mm512_loadu_si512(four_digits + 192));
+    __mmask64 some = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(80)),
+              two = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8((char)161));
+    __m512i fifth = _mm512_maskz_mov_epi8(some, one);
+    return (bw_span){_mm512_mask_blend_epi8(_mm512_movepi8_mask(v), low, high),
+                     _mm512_mask_add_epi8(fifth, two, fifth, one)};
+}
+static inline bw_codes bw_take_ternary(const bw_span *span, int k, const bw_reader *reader) {
+    __m512i pick = _mm512_loadu_si512(pick_digit + 64 * k), shift = _mm512_loadu_si512(shift_digit + 64 * k % 40);
+    __m512i digits = _mm512_permutex2var_epi8(span->bytes, pick, span->fifth);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, digits), reader->mask);
+}
+
+/* Codes 16k .. 16k+15 as numbers. */
+static inline bw_vf bw_code_floats(bw_codes codes, int k) {
+    __m128i sixteen = k == 0   ? _mm512_castsi512_si128(codes)
+                      : k == 1 ? _mm512_extracti32x4_epi32(codes, 1)
+                      : k == 2 ? _mm512_extracti32x4_epi32(codes, 2)
+                               : _mm512_extracti32x4_epi32(codes, 3);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen));
+}
+/* 64 whole numbers: signed bytes, or the upper bytes and then the lower ones, both signed. */
+static inline void bw_store_digits(void *record, const bw_vf *whole, int digits) {
+    for (int k = 0; k < 4; k++) {
+        __m512i n = _mm512_cvtps_epi32(whole[k]);
+        __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+        if (digits == 2) _mm_storeu_si128((__m128i *)record + 4 + k, _mm512_cvtepi32_epi8(n));
+        _mm_storeu_si128((__m128i *)record + k, _mm512_cvtepi32_epi8(digits == 2 ? upper : n));
+    }
+}
+/* Sums of four products a lane: codes times whole numbers. */
+static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(record));
+    if (digits == 2) sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), codes, _mm512_loadu_si512(record + 64));
+    return _mm512_cvtepi32_ps(sum);
+}
+
 #include "../kernels/all.h"
 
 #pragma GCC pop_options

@@ -119,6 +119,7 @@ static inline float bw_reduce_max(bw_vf x) {
     return vgetq_lane_f32(greater(four, vextq_f32(four, four, 1)), 0);
 }
 
+#include "units.h"
 #include "../kernels/all.h"
 
 static int supported(void) {

@@ -104,6 +104,7 @@ static inline float bw_reduce_max(bw_vf a) {
     return r;
 }
 
+#include "units.h"
 #include "../kernels/all.h"
 
 static int supported(void) {

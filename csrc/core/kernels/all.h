@@ -7,6 +7,7 @@
 #include "search.h"
 #include "gptq.h"
 #include "loss.h"
+#include "product.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
     {                                                                                                        \
@@ -19,4 +20,5 @@
         .tile_round = tile_round, .tile_try = tile_try, .tile_cost = tile_cost, .tile_aim = tile_aim,        \
         .tile_descend = tile_descend, .tile_refit = tile_refit, .tile_keep = tile_keep,                      \
         .block_max = block_max, .block_exp = block_exp, .block_kl = block_kl,                                \
+        .prepare_token = prepare_token, .multiply_rows = multiply_rows,                                      \
     }

@@ -24,6 +24,24 @@ typedef struct {
 typedef struct {
     float scales[BW_TILE_ROWS], inverses[BW_TILE_ROWS], zeros[BW_TILE_ROWS];
 } bw_tile_grid;
+/* A product with a few tokens at work; kernels/product.h tells what a unit, a cell and a prepared token are. */
+typedef struct {
+    const bw_quantized *weight;
+    const bw_layout *layout;
+    const char *tokens; /* prepared, token_bytes apart */
+    ptrdiff_t token_bytes;
+    ptrdiff_t n_units, n_cells;
+    ptrdiff_t reach, scale_reach, zero_reach; /* bytes that kernels may read from the start of a row's array */
+    int digits;                  /* bytes of a rounded activation; 0 = exact */
+    int bits;                    /* of a dense code, or of a zero */
+    float zero;                  /* of a symmetric scheme */
+    int cell_shift, group_shift; /* column >> shift is its cell, its group */
+    int32_t lanes[16];           /* cell of each lane of a unit, counted from the unit's first */
+    int32_t units[16];           /* group of each of 16 units, counted from the first one's */
+} bw_few;
+
+/* Rows that one call of multiply_rows may work on, and the stride of its sums. */
+enum { BW_FEW_ROWS = 64 };
 
 typedef struct {
     const char *name;
@@ -79,6 +97,11 @@ typedef struct {
     float (*block_max)(const float *x, ptrdiff_t n);
     float (*block_exp)(const float *x, ptrdiff_t n, float max);
     void (*block_kl)(const float *a, const float *b, ptrdiff_t n, float a_max, float b_max, double *sums);
+
+    /* kernels/product.h: x, padded with zeros to whole units, to whole numbers; out (n_tokens, n), fp32 and
+     * rows BW_FEW_ROWS apart, = tokens times n rows from `row` on. */
+    void (*prepare_token)(const bw_few *job, const float *x, char *token);
+    void (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch, float *out);
 } bw_isa;
 
 #endif

@@ -1,0 +1,26 @@
+/* The two ways to multiply, chosen by matmul.c. */
+#ifndef BW_MATMUL_H
+#define BW_MATMUL_H
+
+#include "bitween.h"
+
+/* One product, arguments checked: out (m, rows) = x (m, cols) WT + bias, no dimension 0. */
+typedef struct {
+    const bw_matrix *x, *bias; /* bias NULL or (1, rows) */
+    const bw_quantized *weight;
+    bw_layout layout;
+    bw_mode mode;
+    bw_dtype dtype;
+    char *out;
+} bw_product;
+
+/* At most this many tokens are multiplied straight from the packed codes. */
+enum { BW_FEW_TOKENS = 16 };
+
+bw_status bw_multiply_few(const bw_product *product);
+bw_status bw_multiply_many(const bw_product *product);
+
+/* Adds the bias to sums of rows row .. row+n-1 and stores them as token `token` of the output. At most 64 rows. */
+void bw_finish_token(const bw_product *product, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums);
+
+#endif

@@ -1,0 +1,102 @@
+/* Products with a few tokens: codes are unpacked in registers and multiplied at once, so that the time is that of
+ * reading the packed bytes. */
+#include "alloc.h"
+#include "cpu.h"
+#include "matmul.h"
+#include "parallel.h"
+#include "scheme.h"
+
+#include <string.h>
+
+enum {
+    UNIT = 64,              /* columns, see kernels/product.h */
+    CHUNK_WORK = 1 << 16,   /* products in a chunk: a few microseconds */
+    STACK_BYTES = 48 * 1024 /* most calls of a model of a few billion weights need no allocation */
+};
+
+typedef struct {
+    const bw_product *product;
+    bw_few few;
+    ptrdiff_t rows_per_chunk;
+    char *scratch;
+    ptrdiff_t scratch_bytes;
+} few_job;
+
+static void multiply_chunk(void *context, ptrdiff_t chunk, int worker) {
+    const few_job *job = context;
+    const bw_product *p = job->product;
+    ptrdiff_t first = chunk * job->rows_per_chunk, end = first + job->rows_per_chunk, m = p->x->rows;
+    if (end > p->weight->rows) end = p->weight->rows;
+    for (ptrdiff_t row = first; row < end; row += BW_FEW_ROWS) {
+        float sums[BW_FEW_TOKENS * BW_FEW_ROWS];
+        ptrdiff_t n = end - row < BW_FEW_ROWS ? end - row : BW_FEW_ROWS;
+        bw_cpu()->multiply_rows(&job->few, row, n, m, job->scratch + worker * job->scratch_bytes, sums);
+        for (ptrdiff_t t = 0; t < m; t++) bw_finish_token(p, t, row, n, sums + t * BW_FEW_ROWS);
+    }
+}
+
+static void prepare_tokens(const few_job *job, char *tokens, float *x) {
+    const bw_product *p = job->product;
+    ptrdiff_t cols = p->x->cols, padded = job->few.n_units * UNIT;
+    for (ptrdiff_t t = 0; t < p->x->rows; t++) {
+        char *token = tokens + t * job->few.token_bytes;
+        float *values = job->few.digits ? x : (float *)token;
+        bw_cpu()->load_row(p->x, t, 0, cols, values);
+        memset(values + cols, 0, (size_t)(padded - cols) * sizeof *values);
+        if (job->few.digits) bw_cpu()->prepare_token(&job->few, x, token);
+    }
+}
+
+static ptrdiff_t padded(ptrdiff_t n) {
+    return (n + 15) / 16 * 16;
+}
+
+static void describe(few_job *job) {
+    const bw_product *p = job->product;
+    bw_few *few = &job->few;
+    int ternary = p->weight->scheme.levels == 3, one_group = p->layout.n_groups == 1;
+    ptrdiff_t cols = p->x->cols;
+    few->weight = p->weight;
+    few->layout = &p->layout;
+    few->digits = (int)p->mode;
+    few->bits = bw_level_bits(p->weight->scheme.levels);
+    few->zero = bw_symmetric_zero(p->weight->scheme.levels);
+    few->group_shift = one_group ? 62 : __builtin_ctzll((unsigned long long)p->layout.group);
+    few->cell_shift = few->group_shift < 6 ? few->group_shift : 6;
+    few->n_units = (cols - 1) / UNIT + 1;
+    few->n_cells = ((cols - 1) >> few->cell_shift) + 1;
+    /* Scales are read 16 at a time, zeros 64 bytes, codes by the unit: 64 bytes of a dense one; 16 bytes of each of the
+     * five ternary ones that start within 64 bytes. */
+    ptrdiff_t codes = ternary ? (few->n_units - 1) / 5 * 64 + 16 : (few->n_units - 1) * 8 * few->bits;
+    few->reach = bw_aligned(codes + 64);
+    few->scale_reach = bw_aligned((p->layout.n_groups + 16) * 2);
+    few->zero_reach = bw_aligned(p->layout.row_zero_bytes + 64);
+    few->token_bytes = few->n_units * UNIT * 4;
+    if (few->digits) few->token_bytes = bw_aligned(few->n_units * UNIT * 2 + padded(few->n_cells) * 8);
+    for (int i = 0; i < 16; i++) {
+        few->lanes[i] = (int32_t)((i / 4 * 16) >> few->cell_shift);
+        few->units[i] = (int32_t)((ptrdiff_t)i * UNIT >> few->group_shift);
+    }
+    /* Scales of four rows times four tokens, and copies of four rows. */
+    job->scratch_bytes = 16 * (padded(few->n_cells) + 16) * 4 + 4 * (few->reach + few->scale_reach + few->zero_reach);
+    ptrdiff_t rows = CHUNK_WORK / (p->x->rows * cols) / BW_FEW_ROWS * BW_FEW_ROWS;
+    job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
+}
+
+bw_status bw_multiply_few(const bw_product *product) {
+    few_job job = {.product = product};
+    describe(&job);
+    ptrdiff_t n_chunks = (product->weight->rows - 1) / job.rows_per_chunk + 1;
+    int n_workers = bw_n_workers(n_chunks);
+    ptrdiff_t tokens = bw_aligned(product->x->rows * job.few.token_bytes), row = bw_aligned(job.few.n_units * UNIT * 4);
+    ptrdiff_t bytes = tokens + row + n_workers * job.scratch_bytes;
+    _Alignas(64) char stack[STACK_BYTES];
+    char *memory = bytes <= STACK_BYTES ? stack : bw_alloc(1, bytes);
+    if (!memory) return BW_ERR_MEMORY;
+    job.few.tokens = memory;
+    job.scratch = memory + tokens + row;
+    prepare_tokens(&job, memory, (float *)(memory + tokens));
+    bw_parallel_for(n_workers, n_chunks, multiply_chunk, &job);
+    if (memory != stack) bw_free(memory);
+    return BW_OK;
+}
