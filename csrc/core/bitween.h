@@ -147,8 +147,8 @@ bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptr
  * 8 or 16 bits with a scale for each group, or each 64 columns of larger ones. More tokens are always taken as they are. */
 typedef enum { BW_EXACT = 0, BW_INT8 = 1, BW_INT16 = 2 } bw_mode;
 /* out (m, rows), contiguous of `dtype`, = x (m, cols) WT + bias; bias (1, rows) or NULL. fp32 sums. What is not finite
- * in x reaches its own row only. More than 16 tokens: BW_ERR_CODE and BW_ERR_SCALE as in bw_dequantize; fewer: codes
- * and scales are not checked, illegal ones give some numbers or NaN. */
+ * in x reaches its own row only. BW_ERR_SCALE; BW_ERR_CODE with more than 16 tokens, while with fewer an illegal code
+ * counts as some legal one. */
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_mode mode, bw_dtype dtype,
                     void *out);
 

@@ -1,12 +1,13 @@
 /* Products with a few tokens: codes are unpacked in registers and multiplied at once, so that the time is that of
  * reading the packed bytes. */
+#include <stdatomic.h>
+#include <string.h>
+
 #include "alloc.h"
 #include "cpu.h"
 #include "matmul.h"
 #include "parallel.h"
 #include "scheme.h"
-
-#include <string.h>
 
 enum {
     UNIT = 64,              /* columns, see kernels/product.h */
@@ -20,17 +21,19 @@ typedef struct {
     ptrdiff_t rows_per_chunk;
     char *scratch;
     ptrdiff_t scratch_bytes;
+    atomic_int status;
 } few_job;
 
 static void multiply_chunk(void *context, ptrdiff_t chunk, int worker) {
-    const few_job *job = context;
+    few_job *job = context;
     const bw_product *p = job->product;
     ptrdiff_t first = chunk * job->rows_per_chunk, end = first + job->rows_per_chunk, m = p->x->rows;
     if (end > p->weight->rows) end = p->weight->rows;
     for (ptrdiff_t row = first; row < end; row += BW_FEW_ROWS) {
         float sums[BW_FEW_TOKENS * BW_FEW_ROWS];
         ptrdiff_t n = end - row < BW_FEW_ROWS ? end - row : BW_FEW_ROWS;
-        bw_cpu()->multiply_rows(&job->few, row, n, m, job->scratch + worker * job->scratch_bytes, sums);
+        char *scratch = job->scratch + worker * job->scratch_bytes;
+        if (bw_cpu()->multiply_rows(&job->few, row, n, m, scratch, sums)) atomic_store(&job->status, BW_ERR_SCALE);
         for (ptrdiff_t t = 0; t < m; t++) bw_finish_token(p, t, row, n, sums + t * BW_FEW_ROWS);
     }
 }
@@ -98,5 +101,5 @@ bw_status bw_multiply_few(const bw_product *product) {
     prepare_tokens(&job, memory, (float *)(memory + tokens));
     bw_parallel_for(n_workers, n_chunks, multiply_chunk, &job);
     if (memory != stack) bw_free(memory);
-    return BW_OK;
+    return (bw_status)atomic_load(&job.status);
 }

@@ -70,16 +70,18 @@ typedef struct {
     float *scales; /* digits: (TOKENS_AT_ONCE, ROWS_AT_ONCE, cells), times the token's; exact: (ROWS_AT_ONCE, cells) */
     float *zeros;  /* exact: (ROWS_AT_ONCE, cells) */
     ptrdiff_t stride;
-    bw_reader reader; /* of dense codes of this width */
+    bw_reader reader;       /* of dense codes of this width */
+    bw_vf smallest, poison; /* of all scales so far; poison turns NaN when one is not finite */
 } row_block;
 
-/* Bytes first .. first+n-1 of an array of `total` bytes, with something to read up to first+reach. */
+/* Bytes first .. first+n-1 of an array of `total` bytes, with something legal to read up to first+reach: codes 0,
+ * or scales 0x0101. */
 static inline const void *readable(const void *array, ptrdiff_t first, ptrdiff_t n, ptrdiff_t reach, ptrdiff_t total,
-                                   char *copy) {
+                                   int filler, char *copy) {
     const char *p = (const char *)array + first;
     if (first + reach <= total) return p;
     memcpy(copy, p, (size_t)n);
-    memset(copy + n, 0, (size_t)(reach - n));
+    memset(copy + n, filler, (size_t)(reach - n));
     return copy;
 }
 
@@ -89,12 +91,12 @@ static inline void open_rows(const bw_few *job, ptrdiff_t row, char *copies, row
     for (int r = 0; r < ROWS_AT_ONCE; r++, copies += job->reach + job->scale_reach + job->zero_reach) {
         ptrdiff_t at = row + r < w->rows ? row + r : w->rows - 1, scale_bytes = l->n_groups * 2;
         stored_row *p = &b->rows[r];
-        p->codes = readable(w->codes, at * l->row_bytes, l->row_bytes, job->reach, w->rows * l->row_bytes, copies);
-        p->scales = readable(w->scales, at * scale_bytes, scale_bytes, job->scale_reach, w->rows * scale_bytes,
+        p->codes = readable(w->codes, at * l->row_bytes, l->row_bytes, job->reach, w->rows * l->row_bytes, 0, copies);
+        p->scales = readable(w->scales, at * scale_bytes, scale_bytes, job->scale_reach, w->rows * scale_bytes, 1,
                              copies + job->reach);
         if (w->scheme.symmetric) continue;
         p->zeros = readable(w->zeros, at * l->row_zero_bytes, l->row_zero_bytes, job->zero_reach,
-                            w->rows * l->row_zero_bytes, copies + job->reach + job->scale_reach);
+                            w->rows * l->row_zero_bytes, 0, copies + job->reach + job->scale_reach);
     }
 }
 
@@ -124,17 +126,20 @@ static inline bw_vf cell_zeros(const cell_finder *f, const bw_reader *reader, co
 }
 
 /* Scales of the rows times scales of the tokens, and the part of the sums that zeros take: - s t z (sum of n). */
-static inline __attribute__((always_inline)) void start_digits(const bw_few *job, const row_block *b,
+static inline __attribute__((always_inline)) void start_digits(const bw_few *job, row_block *b,
                                                                const char *const *tokens, int n_tokens, bw_vf *sums) {
     ptrdiff_t whole_numbers = job->n_units * 2 * UNIT, n_cells = job->n_cells, stride = b->stride;
     const cell_finder finder = find_cells(job);
     const bw_reader reader = b->reader;
     float *scales = b->scales;
+    bw_vf smallest = b->smallest, poison = b->poison, nothing = bw_set(0);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS_AT_ONCE; r++) {
         const stored_row row = b->rows[r];
         for (ptrdiff_t c = 0; c < n_cells; c += 16) {
             bw_vf scale = cell_scales(&finder, &row, c), zero = cell_zeros(&finder, &reader, &row, c);
+            smallest = bw_min(smallest, scale);
+            poison = bw_add(poison, bw_mul(scale, nothing));
 #pragma GCC unroll 4
             for (int t = 0; t < n_tokens; t++) {
                 const float *token = (const float *)(tokens[t] + whole_numbers) + c;
@@ -145,13 +150,18 @@ static inline __attribute__((always_inline)) void start_digits(const bw_few *job
             }
         }
     }
+    b->smallest = smallest;
+    b->poison = poison;
 }
 
-static inline void start_exact(const bw_few *job, const row_block *b) {
+static inline void start_exact(const bw_few *job, row_block *b) {
     const cell_finder finder = find_cells(job);
     for (int r = 0; r < ROWS_AT_ONCE; r++)
         for (ptrdiff_t c = 0; c < job->n_cells; c += 16) {
-            bw_store(b->scales + r * b->stride + c, cell_scales(&finder, &b->rows[r], c));
+            bw_vf scale = cell_scales(&finder, &b->rows[r], c);
+            b->smallest = bw_min(b->smallest, scale);
+            b->poison = bw_add(b->poison, bw_mul(scale, bw_set(0)));
+            bw_store(b->scales + r * b->stride + c, scale);
             bw_store(b->zeros + r * b->stride + c, cell_zeros(&finder, &b->reader, &b->rows[r], c));
         }
 }
@@ -184,7 +194,7 @@ static inline __attribute__((always_inline)) void add_unit(const bw_few *job, co
 #endif
 
 /* out (n_tokens rows of OUT_STRIDE) = the block times tokens. */
-BW_EACH_CASE void multiply_block(const bw_few *job, const row_block *b, ptrdiff_t token, int n_tokens, int digits,
+BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t token, int n_tokens, int digits,
                                  int ternary, int wide, float *out) {
     const char *tokens[TOKENS_AT_ONCE];
     bw_vf sums[ROWS_AT_ONCE * TOKENS_AT_ONCE];
@@ -210,14 +220,14 @@ BW_EACH_CASE void multiply_block(const bw_few *job, const row_block *b, ptrdiff_
 #undef BW_EACH_CASE
 
 /* The loop above for one or four tokens, zero to two digits, both codings, both widths of a cell. */
-static inline __attribute__((always_inline)) void choose_digits(const bw_few *job, const row_block *b, ptrdiff_t token,
+static inline __attribute__((always_inline)) void choose_digits(const bw_few *job, row_block *b, ptrdiff_t token,
                                                                 int n_tokens, int ternary, int wide, float *out) {
     if (job->digits == 1) multiply_block(job, b, token, n_tokens, 1, ternary, wide, out);
     else if (job->digits == 2) multiply_block(job, b, token, n_tokens, 2, ternary, wide, out);
     else multiply_block(job, b, token, n_tokens, 0, ternary, wide, out);
 }
 
-static inline __attribute__((always_inline)) void choose_coding(const bw_few *job, const row_block *b, ptrdiff_t token,
+static inline __attribute__((always_inline)) void choose_coding(const bw_few *job, row_block *b, ptrdiff_t token,
                                                                 int n_tokens, float *out) {
     int wide = job->cell_shift == 6;
     if (job->weight->scheme.levels == 3) {
@@ -229,19 +239,22 @@ static inline __attribute__((always_inline)) void choose_coding(const bw_few *jo
     }
 }
 
-static void multiply_four(const bw_few *job, const row_block *b, ptrdiff_t token, float *out) {
+static void multiply_four(const bw_few *job, row_block *b, ptrdiff_t token, float *out) {
     choose_coding(job, b, token, 4, out);
 }
 
-static void multiply_one(const bw_few *job, const row_block *b, ptrdiff_t token, float *out) {
+static void multiply_one(const bw_few *job, row_block *b, ptrdiff_t token, float *out) {
     choose_coding(job, b, token, 1, out);
 }
 
 /* out (n_tokens rows of OUT_STRIDE) = tokens times n <= OUT_STRIDE rows from `row` on. */
-static void multiply_rows(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch, float *out) {
+static bw_status multiply_rows(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
+                               float *out) {
     row_block b = {.scales = (float *)scratch, .stride = padded_cells(job->n_cells) + 16};
     b.zeros = b.scales + ROWS_AT_ONCE * b.stride;
     b.reader = bw_read_dense(job->bits);
+    b.smallest = bw_set(1);
+    b.poison = bw_set(0);
     char *copies = (char *)(b.scales + ROWS_AT_ONCE * TOKENS_AT_ONCE * b.stride);
     for (ptrdiff_t first = 0; first < n; first += ROWS_AT_ONCE) {
         open_rows(job, row + first, copies, &b);
@@ -249,4 +262,5 @@ static void multiply_rows(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff
         for (; token + 4 <= n_tokens; token += 4) multiply_four(job, &b, token, out + token * OUT_STRIDE + first);
         for (; token < n_tokens; token++) multiply_one(job, &b, token, out + token * OUT_STRIDE + first);
     }
+    return bw_reduce_min(b.smallest) > 0 && bw_sum(b.poison) == 0 ? BW_OK : BW_ERR_SCALE;
 }

@@ -99,9 +99,10 @@ typedef struct {
     void (*block_kl)(const float *a, const float *b, ptrdiff_t n, float a_max, float b_max, double *sums);
 
     /* kernels/product.h: x, padded with zeros to whole units, to whole numbers; out (n_tokens, n), fp32 and
-     * rows BW_FEW_ROWS apart, = tokens times n rows from `row` on. */
+     * rows BW_FEW_ROWS apart, = tokens times n rows from `row` on, or BW_ERR_SCALE. */
     void (*prepare_token)(const bw_few *job, const float *x, char *token);
-    void (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch, float *out);
+    bw_status (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
+                               float *out);
 } bw_isa;
 
 #endif
