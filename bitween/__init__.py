@@ -24,6 +24,8 @@ _PUBLIC = {
     "Hessian": "hessian",
     "gptq": "gptq",
     "GptqResult": "gptq",
+    "SequentialQuantizer": "sequential",
+    "LayerResult": "sequential",
     "quantize": "functional",
     "search": "functional",
     "cross_entropy": "functional",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import bitween
 from bitween import blocks
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
+from bitween.sequential import SequentialQuantizer
 
 from .candidate import Candidate
 from .context import GradualContext
@@ -139,11 +140,12 @@ class PrecisionOptimizer:
         runner = self.runner
         with runner:
             batches = [runner.embed(part) for part in self.context.batches(self._windows)]
-            states, calls = [s for s, _ in batches], [c for _, c in batches]
+            methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
+            quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put)
             for i, block in enumerate(layout.blocks):
-                self._quantize_block(i, plan, states, calls)
+                quantizer.run_block(i, plan, batches)
                 self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
-            self._quantize_head(plan, states)
+            self._quantize_head(plan, [hidden for hidden, _ in batches])
         self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
         measurement = self.evaluator.measure(self.runner) if measure else None
         stored = dict(self.candidate.stored)
@@ -160,32 +162,6 @@ class PrecisionOptimizer:
         known = {layer.name for layer in self.context.layout.layers}
         if unknown := sorted(set(plan) - known):
             raise ValueError(f"plan: expected layers of the model; got {unknown[0]!r}")
-
-    def _quantize_block(self, i: int, plan: Mapping[str, Scheme | None], states: list, calls: list) -> None:
-        """Groups of layers that read one tensor, in order of execution; each sees the ones before it quantized."""
-        runner, block = self.runner, self.context.layout.blocks[i]
-        layers = {layer.name: layer for layer in block.layers if plan.get(layer.name) is not None}
-        for names in self.context.runner.shared_inputs(i):
-            wanted = [name for name in names if name in layers]
-            if not wanted:
-                continue
-            hessian = None
-            if any(self._method_of(plan[name]) not in ("rtn", "clip") for name in wanted):
-                hessian = self._hessian(i, wanted, states, calls)
-            for name in wanted:
-                self._quantize(layers[name], plan[name], hessian)
-        for k, call in enumerate(calls):
-            states[k] = runner.run_block(i, states[k], call)
-
-    def _hessian(self, i: int, names: Sequence[str], states: list, calls: list) -> bitween.Hessian | None:
-        total = None
-        for state, call in zip(states, calls, strict=True):
-            _, inputs = self.runner.capture_inputs(i, state, call, names)
-            for x in inputs.values():
-                total = total or bitween.Hessian(x.shape[-1])
-                total.add(x)
-                break
-        return total
 
     def _quantize_head(self, plan: Mapping[str, Scheme | None], states: list) -> None:
         layout = self.context.layout

@@ -1,0 +1,259 @@
+"""Quantize a model block by block, each layer on inputs from the blocks before it as they were quantized.
+
+Activations stream: only the hidden states between two blocks are kept for all windows. Beside them stand one
+block's Hessians, and with a single batch of windows one block's inner activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .blocks import BlockRunner, Context, Layer
+from .functional import METHODS, quantize
+from .gptq import SWEEPS, gptq
+from .hessian import Hessian
+from .quantized_tensor import QuantizedTensor
+from .scheme import Scheme
+
+__all__ = ["LayerResult", "SequentialQuantizer", "put_numbers"]
+
+# (layer name, batch index) -> float32 (tokens,) weights of the batch's tokens, or None for ones.
+TokenWeights = Callable[[str, int], Any]
+# (stage, block name, layer name, seconds); stage is "hessian", "quantize" or "forward".
+Progress = Callable[[str, str, str, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """One layer, quantized.
+
+    Attributes
+    ----------
+    layer : Layer
+    quantized : QuantizedTensor
+    method : what was used; "clip" stands in where no text reached the layer
+    error : (w - q) H (w - q)T summed over rows, per token; None where the method knows no Hessian
+    seconds : spent on rounding; layers rounded together share it by rows
+    original : the Parameter that was there before, untouched
+    """
+
+    layer: Layer
+    quantized: QuantizedTensor
+    method: str
+    error: float | None
+    seconds: float
+    original: nn.Parameter = field(repr=False)
+
+    def restore(self) -> None:
+        """Give the layer its original Parameter back, the same object."""
+        self.layer.module.weight = self.original
+
+
+def put_numbers(layer: Layer, tensor: QuantizedTensor) -> None:
+    """Let the layer compute with a stored matrix as plain numbers of its own dtype, in a new Parameter."""
+    values = tensor.dequantize(layer.module.weight.dtype)
+    if layer.kind == "conv1d":
+        values = values.T.contiguous()
+    layer.module.weight = nn.Parameter(values, requires_grad=False)
+
+
+class SequentialQuantizer:
+    """Realises a plan on the model of a runner.
+
+    Parameters
+    ----------
+    runner : BlockRunner of the model that is changed
+    method : name of a method, or {layer name: name}; one of `bitween.METHODS`. Layers that no token reaches
+        (experts) are clipped instead.
+    put : called with (layer, QuantizedTensor) as soon as a layer is quantized, and must let the layer compute with
+        it; default `put_numbers`
+    token_weights : weights of the tokens in each layer's Hessian, for instance its output gradients' energy
+    sweeps, damping : of `bitween.gptq`
+    progress : called after every step
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        *,
+        method: str | Mapping[str, str] = "gptq+refine",
+        put: Callable[[Layer, QuantizedTensor], None] = put_numbers,
+        token_weights: TokenWeights | None = None,
+        sweeps: int = SWEEPS,
+        damping: float = 0.01,
+        progress: Progress | None = None,
+    ) -> None:
+        names = [method] if isinstance(method, str) else method.values()
+        if unknown := sorted(set(names) - set(METHODS)):
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {unknown[0]!r}")
+        self.runner, self.method, self.put = runner, method, put
+        self.token_weights, self.sweeps, self.damping = token_weights, sweeps, damping
+        self.progress = progress or (lambda *_: None)
+
+    def embed(self, windows: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Context]]:
+        """Batches of token ids (batch, length) as hidden states that enter the first block, with their contexts."""
+        with self.runner:
+            return [self.runner.embed(ids) for ids in windows]
+
+    def run(
+        self, plan: Mapping[str, Scheme | None], batches: list[tuple[torch.Tensor, Context]]
+    ) -> Iterator[LayerResult]:
+        """Quantize all blocks in order; yields each layer as it is done.
+
+        `batches` comes from `embed` and moves along: afterwards it holds what leaves the last block. With one batch
+        each block runs once; with several it runs up to each group of layers that share an input.
+
+        Raises
+        ------
+        ValueError
+            The plan names layers that the blocks do not have; nothing has been changed then.
+        """
+        blocks = self.runner.layout.blocks
+        known = {layer.name for block in blocks for layer in block.layers}
+        if unknown := sorted(name for name, scheme in plan.items() if scheme is not None and name not in known):
+            raise ValueError(f"plan: expected layers of the model's blocks; got {unknown[0]!r}")
+        named = known if isinstance(self.method, str) else set(self.method)
+        if missing := sorted(name for name, scheme in plan.items() if scheme is not None and name not in named):
+            raise ValueError(f"method: expected one for every layer of the plan; {missing[0]!r} has none")
+        for i in range(len(blocks)):
+            yield from self.run_block(i, plan, batches)
+
+    def run_block(
+        self, i: int, plan: Mapping[str, Scheme | None], batches: list[tuple[torch.Tensor, Context]]
+    ) -> list[LayerResult]:
+        """Quantize block `i` and move the batches past it."""
+        step = self._one_pass if len(batches) == 1 else self._staged
+        with self.runner, torch.no_grad():
+            return step(i, plan, batches)
+
+    # ---- two ways through a block ----------------------------------------------------------------
+
+    def _one_pass(self, i: int, plan: Mapping[str, Scheme | None], batches: list) -> list[LayerResult]:
+        """A hook before each layer quantizes it on the input that just arrived, then lets it run."""
+        groups = {name: names for names in self.runner.shared_inputs(i) for name in names}
+        layers = self._wanted(i, plan)
+        results: dict[str, LayerResult] = {}
+
+        def before(name: str) -> Callable:
+            def hook(_module, args, kwargs):
+                if name in results:
+                    return
+                x = (args[0] if args else next(iter(kwargs.values()))).detach()
+                wanted = [layers[n] for n in groups[name] if n in layers]
+                hessian = self._hessians(i, wanted, plan, [{groups[name]: x}])
+                results.update((r.layer.name, r) for r in self._quantize(i, wanted, plan, hessian))
+
+            return hook
+
+        handles = [x.module.register_forward_pre_hook(before(x.name), with_kwargs=True) for x in layers.values()]
+        try:
+            self._forward(i, batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missed = [layer for name, layer in layers.items() if name not in results]
+        results.update((r.layer.name, r) for r in self._quantize(i, missed, plan, {}))
+        return list(results.values())
+
+    def _staged(self, i: int, plan: Mapping[str, Scheme | None], batches: list) -> list[LayerResult]:
+        """Groups of layers that read one tensor, in order of execution; the block runs up to each of them."""
+        layers = self._wanted(i, plan)
+        results = []
+        for names in self.runner.shared_inputs(i):
+            wanted = [layers[name] for name in names if name in layers]
+            if not wanted:
+                continue
+            hessians = {}
+            if any(self._needs_hessian(layer, plan) for layer in wanted):
+                stop_at = [layer.name for layer in wanted]
+                inputs = (self.runner.capture_inputs(i, h, context, stop_at)[1] for h, context in batches)
+                hessians = self._hessians(i, wanted, plan, inputs)
+            results += self._quantize(i, wanted, plan, hessians)
+        self._forward(i, batches)
+        return results
+
+    def _forward(self, i: int, batches: list) -> None:
+        started = time.monotonic()
+        for k, (hidden, context) in enumerate(batches):
+            batches[k] = self.runner.run_block(i, hidden, context), context
+        self.progress("forward", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
+
+    # ---- one group of layers ---------------------------------------------------------------------
+
+    def _wanted(self, i: int, plan: Mapping[str, Scheme | None]) -> dict[str, Layer]:
+        return {x.name: x for x in self.runner.layout.blocks[i].layers if plan.get(x.name) is not None}
+
+    def _method_of(self, layer: Layer) -> str:
+        return self.method if isinstance(self.method, str) else self.method[layer.name]
+
+    def _needs_hessian(self, layer: Layer, plan: Mapping[str, Scheme | None]) -> bool:
+        return self._method_of(layer) != "rtn"
+
+    def _hessians(self, i: int, layers: list[Layer], plan: Mapping, inputs: Any) -> dict[str, Hessian]:
+        """{layer: its Hessian}; layers share one unless their tokens weigh differently."""
+        started = time.monotonic()
+        wanted = [layer for layer in layers if self._needs_hessian(layer, plan)]
+        found: dict[str, Hessian] = {}
+        for k, groups in enumerate(inputs):
+            for names, x in groups.items():
+                here = [layer for layer in wanted if layer.name in names]
+                for j, layer in enumerate(here):
+                    if j and self.token_weights is None:
+                        found[layer.name] = found[here[0].name]
+                        continue
+                    weights = None if self.token_weights is None else self.token_weights(layer.name, k)
+                    found.setdefault(layer.name, Hessian(x.shape[-1])).add(x, weights=weights)
+        self.progress("hessian", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
+        return found
+
+    def _quantize(self, i: int, layers: list[Layer], plan: Mapping, hessians: Mapping) -> list[LayerResult]:
+        """Layers of one scheme, method and Hessian are stacked, so that it is factored once."""
+        stacks: dict[tuple, list[Layer]] = {}
+        for layer in layers:
+            hessian = hessians.get(layer.name)
+            stacks.setdefault((plan[layer.name], self._method_of(layer), id(hessian)), []).append(layer)
+        results = []
+        for (scheme, method, _), stack in stacks.items():
+            started = time.monotonic()
+            done = self._round(stack, scheme, method, hessians.get(stack[0].name))
+            seconds = time.monotonic() - started
+            total = sum(layer.shape[0] for layer in stack)
+            for layer, (tensor, used, error) in zip(stack, done, strict=True):
+                original = layer.module.weight
+                self.put(layer, tensor)
+                part = seconds * layer.shape[0] / total
+                results.append(LayerResult(layer, tensor, used, error, part, original))
+                self.progress("quantize", self.runner.layout.blocks[i].name, layer.name, part)
+        return results
+
+    def _round(self, stack: list[Layer], scheme: Scheme, method: str, hessian: Hessian | None) -> list[tuple]:
+        """(QuantizedTensor, method used, error or None) of each layer."""
+        if method == "rtn":
+            return [(quantize(layer.weight, scheme), method, None) for layer in stack]
+        if hessian is None or not hessian.tokens:
+            return [(quantize(layer.weight, scheme, method="clip"), "clip", None) for layer in stack]
+        if method == "clip":
+            importance = np.ascontiguousarray(np.diagonal(hessian.matrix()))
+            return [(quantize(x.weight, scheme, method=method, importance=importance), method, None) for x in stack]
+        weight = stack[0].weight if len(stack) == 1 else torch.cat([layer.weight for layer in stack])
+        sweeps = 0 if method == "gptq" else self.sweeps
+        found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping)
+        done, first = [], 0
+        for layer in stack:
+            rows = slice(first, first := first + layer.shape[0])
+            done.append((_take_rows(found.quantized, rows), method, float(found.row_errors[rows].sum())))
+        return done
+
+
+def _take_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    """Rows of a stored matrix, on memory of their own."""
+    zeros = None if tensor.zeros is None else tensor.zeros[rows].copy()
+    shape = (rows.stop - rows.start, tensor.shape[1])
+    return QuantizedTensor(tensor.codes[rows].copy(), tensor.scales[rows].copy(), zeros, tensor.scheme, shape)
