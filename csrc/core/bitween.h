@@ -26,14 +26,14 @@
 
 typedef enum {
     BW_OK = 0,
-    BW_ERR_ARGUMENT = -1,  /* a value outside its range */
-    BW_ERR_SHAPE = -2,     /* shapes that do not fit together */
-    BW_ERR_OVERFLOW = -3,  /* a size that does not fit in memory's address range */
-    BW_ERR_NONFINITE = -4, /* NaN or infinity in an input */
-    BW_ERR_RANGE = -5,     /* a group's range needs a scale beyond fp16 (65504) */
-    BW_ERR_MEMORY = -6,    /* allocation failed */
-    BW_ERR_FACTOR = -7,    /* a factorisation failed although damped */
-    BW_ERR_CODE = -8,      /* packed data holds a value outside the scheme */
+    BW_ERR_ARGUMENT = -1,    /* a value outside its range */
+    BW_ERR_SHAPE = -2,       /* shapes that do not fit together */
+    BW_ERR_OVERFLOW = -3,    /* a size that does not fit in memory's address range */
+    BW_ERR_NONFINITE = -4,   /* NaN or infinity in an input */
+    BW_ERR_RANGE = -5,       /* a group's range needs a scale beyond fp16 (65504) */
+    BW_ERR_MEMORY = -6,      /* allocation failed */
+    BW_ERR_FACTOR = -7,      /* a factorisation failed although damped */
+    BW_ERR_CODE = -8,        /* packed data holds a value outside the scheme */
     BW_ERR_INDEX = -9,       /* an index outside its range */
     BW_ERR_IMPORTANCE = -10, /* an importance that is negative, NaN or infinite */
     BW_ERR_HESSIAN = -11,    /* a Hessian that is not finite and symmetric with a diagonal >= 0 */
@@ -118,8 +118,8 @@ bw_status bw_quantize_clip(const bw_matrix *weight, const bw_matrix *importance,
 /* out[s] = sum row_importance * importance * (w - value)^2 under schemes[s], for all of them in one pass over the
  * weight. Ranges are those of bw_quantize_rtn, or with `clip` of bw_quantize_clip. importance: NULL, or of the
  * weight's shape, >= 0; row_importance: NULL, or one number >= 0 a row. */
-bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes,
-                    const bw_matrix *importance, const double *row_importance, int clip, double *out);
+bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes, const bw_matrix *importance,
+                    const double *row_importance, int clip, double *out);
 
 /* ---- loss.c ---- */
 /* out[t] = -log softmax(logits[t])[targets[t]]. BW_ERR_INDEX when a target is outside 0 .. cols-1. A NaN or an infinite
@@ -144,7 +144,8 @@ bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptr
 
 /* ---- matmul.c ---- */
 /* How a product with at most 16 tokens takes its activations: as they are, or rounded on the fly to whole numbers of
- * 8 or 16 bits with a scale for each group, or each 64 columns of larger ones. More tokens are always taken as they are. */
+ * 8 or 16 bits with a scale for each group, or each 64 columns of larger ones. More tokens are always taken as they
+ * are. */
 typedef enum { BW_EXACT = 0, BW_INT8 = 1, BW_INT16 = 2 } bw_mode;
 /* out (m, rows), contiguous of `dtype`, = x (m, cols) WT + bias; bias (1, rows) or NULL. fp32 sums. What is not finite
  * in x reaches its own row only. BW_ERR_SCALE; BW_ERR_CODE with more than 16 tokens, while with fewer an illegal code

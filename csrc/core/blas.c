@@ -31,8 +31,8 @@ static void single_threaded(void) {
 void bw_sgemm(int transpose_a, int transpose_b, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, float alpha, const float *a,
               ptrdiff_t lda, const float *b, ptrdiff_t ldb, float beta, float *c, ptrdiff_t ldc) {
     pthread_once(&once, single_threaded);
-    BLAS(cblas_sgemm)(ROW_MAJOR, transpose_a ? TRANS : NO_TRANS, transpose_b ? TRANS : NO_TRANS, (int)m, (int)n,
-                      (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
+    BLAS(cblas_sgemm)(ROW_MAJOR, transpose_a ? TRANS : NO_TRANS, transpose_b ? TRANS : NO_TRANS, (int)m, (int)n, (int)k,
+                      alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
 }
 
 void bw_ssyrk(ptrdiff_t n, ptrdiff_t k, float alpha, const float *a, ptrdiff_t lda, float beta, float *c,

@@ -140,8 +140,7 @@ static bw_status allocate(ptrdiff_t n, bw_factor *f) {
     return arrays && f->variance && f->local_variance && f->added ? BW_OK : BW_ERR_MEMORY;
 }
 
-bw_status bw_factor_new(const float *h, ptrdiff_t n, ptrdiff_t group, int by_activation, double damping,
-                        bw_factor *f) {
+bw_status bw_factor_new(const float *h, ptrdiff_t n, ptrdiff_t group, int by_activation, double damping, bw_factor *f) {
     *f = (bw_factor){.n = n};
     bw_status status = check_hessian(h, n);
     if (!status) status = allocate(n, f);

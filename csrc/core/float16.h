@@ -30,7 +30,7 @@ static inline uint16_t bw_to_f16(float f) {
     uint32_t bits = bw_bits_of_float(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x1ffu)); /* NaN */
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to infinity */
-    if (magnitude < 0x38800000u) { /* subnormal: let fp32 addition do the rounding */
+    if (magnitude < 0x38800000u) {                                   /* subnormal: let fp32 addition do the rounding */
         float scaled = bw_float_of_bits(magnitude) + 0.5f;
         return (uint16_t)(sign | (bw_bits_of_float(scaled) - 0x3f000000u));
     }

@@ -28,9 +28,17 @@ typedef struct {
 static ptrdiff_t lay_bench(const gptq_job *job, char *p, bw_bench *b) {
     ptrdiff_t cols = job->out->cols, groups = job->layout.n_groups, tile = BW_TILE_ROWS,
               block = BW_TILE_ROWS * BW_LONGEST_BLOCK, total = 0;
-    const ptrdiff_t sizes[] = {cols * tile * 4, cols * tile * 4, cols * tile, groups * (ptrdiff_t)sizeof(bw_tile_grid),
-                               block * 4,       block * 4,       block * 4,   block * 4,
-                               block,           (cols > block ? cols : block) * 4, (cols > groups ? cols : groups) + 8};
+    const ptrdiff_t sizes[] = {cols * tile * 4,
+                               cols * tile * 4,
+                               cols * tile,
+                               groups * (ptrdiff_t)sizeof(bw_tile_grid),
+                               block * 4,
+                               block * 4,
+                               block * 4,
+                               block * 4,
+                               block,
+                               (cols > block ? cols : block) * 4,
+                               (cols > groups ? cols : groups) + 8};
     void **const places[] = {(void **)&b->weight, (void **)&b->errors,       (void **)&b->codes,
                              (void **)&b->grids,  (void **)&b->base,         (void **)&b->pull,
                              (void **)&b->levels, (void **)&b->trial_errors, (void **)&b->trial_codes,
@@ -111,8 +119,8 @@ static bw_status round_tile(const gptq_job *job, bw_bench *b) {
         const bw_block *block = f->blocks + i;
         ptrdiff_t at = block->first * BW_TILE_ROWS;
         float costs[BW_TILE_ROWS];
-        bw_tile t = {b->weight + at, b->base, f->feedback + block->first * (f->n + 1), f->variance + block->first,
-                     f->n, block->n, (float)(job->tile.scheme.levels - 1)};
+        bw_tile t = {b->weight + at, b->base,  f->feedback + block->first * (f->n + 1), f->variance + block->first,
+                     f->n,           block->n, (float)(job->tile.scheme.levels - 1)};
         find_base(f, block, b);
         if (own_range) {
             bw_tile_grid start;

@@ -11,7 +11,7 @@ enum { BLOCK = 1024, CHUNK_VALUES = 32768 };
 typedef struct {
     const bw_matrix *logits, *reference;
     const int64_t *targets;
-    float *out;    /* a number a row */
+    float *out; /* a number a row */
     ptrdiff_t rows_per_chunk;
 } loss_job;
 

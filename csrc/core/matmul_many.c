@@ -54,7 +54,8 @@ static bw_status decode_part(const tile_job *job, ptrdiff_t row, ptrdiff_t first
                              uint8_t *bytes, float *out) {
     const bw_quantized *w = job->product->weight;
     const bw_layout *l = &job->product->layout;
-    ptrdiff_t at = w->scheme.levels == 3 ? first / 5 : first / 8 * bw_level_bits(w->scheme.levels), g = first / l->group;
+    ptrdiff_t at = w->scheme.levels == 3 ? first / 5 : first / 8 * bw_level_bits(w->scheme.levels),
+              g = first / l->group;
     int largest = bw_cpu()->unpack(w->codes + row * l->row_bytes + at, n, w->scheme.levels, bytes);
     bw_cpu()->decode_row(bytes, n, l->group, w->scales + row * l->n_groups + g, zeros + g, out);
     return largest < w->scheme.levels ? BW_OK : BW_ERR_CODE;
@@ -67,7 +68,8 @@ static bw_status multiply_rows(const tile_job *job, const tile_scratch *s, const
     ptrdiff_t cols = job->product->weight->cols;
     bw_status status;
     for (ptrdiff_t r = 0; r < n; r++)
-        if ((status = bw_row_zeros(job->product->weight, l, row + r, s->bytes, s->zeros + r * l->n_groups))) return status;
+        if ((status = bw_row_zeros(job->product->weight, l, row + r, s->bytes, s->zeros + r * l->n_groups)))
+            return status;
     for (ptrdiff_t first = 0; first < cols; first += TILE_COLS) {
         ptrdiff_t width = least(cols - first, TILE_COLS);
         for (ptrdiff_t r = 0; r < n; r++)

@@ -26,8 +26,13 @@ static double refine_block(const bw_tile_job *job, const bw_block *block, int fi
     float *errors = b->errors + at, before[BW_TILE_ROWS], after[BW_TILE_ROWS];
     uint8_t *codes = b->codes + at;
     int own_range = job->group <= BW_LONGEST_BLOCK;
-    bw_tile t = {b->weight + at, b->base, f->local_feedback + block->first * BW_LONGEST_BLOCK,
-                 f->local_variance + block->first, BW_LONGEST_BLOCK, block->n, (float)(job->scheme.levels - 1)};
+    bw_tile t = {b->weight + at,
+                 b->base,
+                 f->local_feedback + block->first * BW_LONGEST_BLOCK,
+                 f->local_variance + block->first,
+                 BW_LONGEST_BLOCK,
+                 block->n,
+                 (float)(job->scheme.levels - 1)};
     bw_tile_grid *grid = b->grids + block->group, trial = *grid;
     find_pull(f, block, b);
     memcpy(b->levels, b->pull, (size_t)bytes);
@@ -55,7 +60,8 @@ void bw_tile_refine(const bw_tile_job *job, bw_bench *b) {
     for (int sweep = 0; sweep < job->options->sweeps; sweep++) {
         double gain = 0, total = 0;
         for (int i = 0; i < BW_TILE_ROWS; i++) total += b->costs[i];
-        for (ptrdiff_t i = 0; i < job->factor->n_blocks; i++) gain += refine_block(job, job->factor->blocks + i, sweep == 0, b);
+        for (ptrdiff_t i = 0; i < job->factor->n_blocks; i++)
+            gain += refine_block(job, job->factor->blocks + i, sweep == 0, b);
         if (!(gain > job->options->tolerance * total)) break;
     }
 }

@@ -46,7 +46,8 @@ static void write_row(const frame *f, bw_row *row) {
     const bw_isa *isa = bw_cpu();
     isa->encode_row(row->values, out->cols, l->group, out->scheme.levels, row->scales, row->zeros, row->bytes);
     uint8_t *codes = out->codes + row->index * l->row_bytes;
-    memset(codes + l->row_bytes - (l->row_bytes < 4 ? l->row_bytes : 4), 0, l->row_bytes < 4 ? (size_t)l->row_bytes : 4);
+    memset(codes + l->row_bytes - (l->row_bytes < 4 ? l->row_bytes : 4), 0,
+           l->row_bytes < 4 ? (size_t)l->row_bytes : 4);
     isa->pack(row->bytes, out->cols, out->scheme.levels, codes);
     memcpy(out->scales + row->index * l->n_groups, row->scales, (size_t)l->n_groups * 2);
     if (out->scheme.symmetric) return;

@@ -66,8 +66,7 @@ bw_status bw_scheme_layout(const bw_scheme *scheme, ptrdiff_t rows, ptrdiff_t co
     l.group = scheme->group_size < 0 ? (cols ? cols : 1) : (ptrdiff_t)scheme->group_size;
     l.n_groups = cols / l.group + (cols % l.group != 0);
     if (bw_row_bytes(cols, scheme->levels, &l.row_bytes)) return BW_ERR_OVERFLOW;
-    if (!scheme->symmetric && code_bytes(l.n_groups, scheme->levels, 0, 1, &l.row_zero_bytes))
-        return BW_ERR_OVERFLOW;
+    if (!scheme->symmetric && code_bytes(l.n_groups, scheme->levels, 0, 1, &l.row_zero_bytes)) return BW_ERR_OVERFLOW;
     ptrdiff_t row;
     if (bw_multiply(l.n_groups, 2, &row) || add(row, l.row_bytes, &row) || add(row, l.row_zero_bytes, &row) ||
         bw_multiply(row, rows, &l.n_bytes))

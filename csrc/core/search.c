@@ -128,8 +128,8 @@ static void search_chunk(void *context, ptrdiff_t chunk, int worker) {
             ptrdiff_t group = scheme->group_size < 0 ? cols : (ptrdiff_t)scheme->group_size;
             status = find_grid(job, scheme, &row);
             if (status) break;
-            double error = bw_cpu()->grid_error(row.values, row.importance, cols, group, scheme->levels, row.scales,
-                                                row.zeros);
+            double error =
+                bw_cpu()->grid_error(row.values, row.importance, cols, group, scheme->levels, row.scales, row.zeros);
             sums[s] += job->row_importance ? error * job->row_importance[r] : error;
         }
         if (status) {
@@ -155,10 +155,14 @@ static bw_status check(const search_job *job, const double *out) {
     return status;
 }
 
-bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes,
-                    const bw_matrix *importance, const double *row_importance, int clip, double *out) {
-    search_job job = {.weight = weight, .importance = importance, .schemes = schemes, .n_schemes = n_schemes,
-                      .row_importance = row_importance, .clip = clip};
+bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t n_schemes, const bw_matrix *importance,
+                    const double *row_importance, int clip, double *out) {
+    search_job job = {.weight = weight,
+                      .importance = importance,
+                      .schemes = schemes,
+                      .n_schemes = n_schemes,
+                      .row_importance = row_importance,
+                      .clip = clip};
     bw_status status = check(&job, out);
     if (status || !n_schemes) return status;
     memset(out, 0, (size_t)n_schemes * sizeof *out);

@@ -7,15 +7,15 @@
 
 /* One worker's scratch; columns stand in the factor's order, all but `grids` are (columns, BW_TILE_ROWS). */
 typedef struct {
-    float *weight, *errors;        /* all columns; errors = weight - stored value */
-    uint8_t *codes;                /* all columns */
-    bw_tile_grid *grids;           /* one a group */
-    float *base, *pull, *levels;   /* one block each */
-    float *trial_errors;           /* one block */
-    uint8_t *trial_codes;          /* one block */
-    float *rows;                   /* max(BW_TILE_ROWS * BW_LONGEST_BLOCK, cols): rows as rows */
-    uint8_t *bytes;                /* max(cols, n_groups) + 8 */
-    double costs[BW_TILE_ROWS];    /* E A ET so far */
+    float *weight, *errors;      /* all columns; errors = weight - stored value */
+    uint8_t *codes;              /* all columns */
+    bw_tile_grid *grids;         /* one a group */
+    float *base, *pull, *levels; /* one block each */
+    float *trial_errors;         /* one block */
+    uint8_t *trial_codes;        /* one block */
+    float *rows;                 /* max(BW_TILE_ROWS * BW_LONGEST_BLOCK, cols): rows as rows */
+    uint8_t *bytes;              /* max(cols, n_groups) + 8 */
+    double costs[BW_TILE_ROWS];  /* E A ET so far */
 } bw_bench;
 
 typedef struct {

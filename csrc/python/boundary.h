@@ -84,7 +84,8 @@ typedef struct {
 } bw_stored;
 
 /* From Python objects (zeros NULL when symmetric), shapes checked against scheme and cols. */
-int bw_stored_acquire(PyObject *codes, PyObject *scales, PyObject *zeros, PyObject *scheme, PyObject *cols, bw_stored *stored);
+int bw_stored_acquire(PyObject *codes, PyObject *scales, PyObject *zeros, PyObject *scheme, PyObject *cols,
+                      bw_stored *stored);
 void bw_stored_release(bw_stored *stored);
 /* Refuses an output that shares memory with the stored matrix. */
 int bw_stored_expect_apart(const char *name, const bw_view *out, const bw_stored *stored);
@@ -93,7 +94,7 @@ int bw_stored_expect_apart(const char *name, const bw_view *out, const bw_stored
 PyObject *bw_stored_new(ptrdiff_t rows, ptrdiff_t cols, const bw_scheme *scheme, bw_quantized *tensor);
 
 /* Wrappers: one file per verb, listed once in verbs.h. */
-#define VERB(name) \
+#define VERB(name)                                                                                          \
     PyObject *bw_py_##name(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords); \
     extern const char bw_doc_##name[];
 #include "verbs.h"

@@ -4,12 +4,8 @@
 PyObject *bw_raise(const char *operation, const char *argument, bw_status status) {
     if (PyErr_Occurred()) return NULL;
     switch (status) {
-    case BW_OK:
-        PyErr_Format(PyExc_SystemError, "%s: raised without an error", operation);
-        break;
-    case BW_ERR_ARGUMENT:
-        PyErr_Format(PyExc_ValueError, "%s: value not accepted by %s", argument, operation);
-        break;
+    case BW_OK: PyErr_Format(PyExc_SystemError, "%s: raised without an error", operation); break;
+    case BW_ERR_ARGUMENT: PyErr_Format(PyExc_ValueError, "%s: value not accepted by %s", argument, operation); break;
     case BW_ERR_SHAPE:
         PyErr_Format(PyExc_ValueError, "%s: shapes given to %s do not fit together", argument, operation);
         break;
@@ -37,15 +33,16 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
                      operation);
         break;
     case BW_ERR_INDEX:
-        PyErr_Format(PyExc_IndexError, "%s: expected indices of rows or classes that exist; got another in %s", argument,
-                     operation);
+        PyErr_Format(PyExc_IndexError, "%s: expected indices of rows or classes that exist; got another in %s",
+                     argument, operation);
         break;
     case BW_ERR_SCALE:
         PyErr_Format(PyExc_ValueError, "scales: expected finite values > 0; got another in %s", operation);
         break;
     case BW_ERR_IMPORTANCE:
-        PyErr_Format(PyExc_ValueError, "importance: expected finite values >= 0; got a negative value, NaN or infinity "
-                                       "in %s",
+        PyErr_Format(PyExc_ValueError,
+                     "importance: expected finite values >= 0; got a negative value, NaN or infinity "
+                     "in %s",
                      operation);
         break;
     case BW_ERR_HESSIAN:

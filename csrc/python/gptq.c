@@ -22,8 +22,8 @@ static int read_options(PyObject *const *v, bw_scheme *scheme, bw_gptq_options *
 
 PyObject *bw_py_quantize_gptq(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"weight",    "hessian",       "scheme", "|", "damping", "sweeps",
-                                        "tolerance", "by_activation", NULL};
+    static const char *const names[] = {"weight", "hessian",   "scheme",        "|", "damping",
+                                        "sweeps", "tolerance", "by_activation", NULL};
     PyObject *v[7], *stored = NULL, *errors = NULL, *result = NULL;
     bw_view weight = {0}, hessian = {0};
     bw_matrix matrix;

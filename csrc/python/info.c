@@ -22,8 +22,8 @@ PyObject *bw_py_info(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
     if (bw_parse("info", names, args, n_args, keywords, NULL)) return NULL;
     PyObject *isas = supported_isas();
     if (!isas) return NULL;
-    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:s,s:s}", "version", BW_VERSION, "isa", bw_isa_name(), "isas", isas, "threads",
-                         bw_get_num_threads(), "blas", bw_blas_name(), "blas_core", bw_blas_core());
+    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:s,s:s}", "version", BW_VERSION, "isa", bw_isa_name(), "isas", isas,
+                         "threads", bw_get_num_threads(), "blas", bw_blas_name(), "blas_core", bw_blas_core());
 }
 
 const char bw_doc_set_isa[] = "set_isa(name=None)\n--\n\nUse this instruction set from now on; None takes the best.";
@@ -53,7 +53,8 @@ PyObject *bw_py_set_num_threads(PyObject *module, PyObject *const *args, Py_ssiz
     static const char *const names[] = {"n", NULL};
     PyObject *v[1];
     int64_t n = 1;
-    if (bw_parse("set_num_threads", names, args, n_args, keywords, v) || bw_arg_int("n", v[0], 1, 1024, &n)) return NULL;
+    if (bw_parse("set_num_threads", names, args, n_args, keywords, v) || bw_arg_int("n", v[0], 1, 1024, &n))
+        return NULL;
     bw_status status = bw_set_num_threads((int)n);
     if (status) return bw_raise("set_num_threads", "n", status);
     Py_RETURN_NONE;

@@ -36,7 +36,8 @@ const char bw_doc_matmul[] =
 
 PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"x", "codes", "scales", "zeros", "scheme", "cols", "bias", "out", "|", "mode", NULL};
+    static const char *const names[] = {"x",    "codes", "scales", "zeros", "scheme", "cols",
+                                        "bias", "out",   "|",      "mode",  NULL};
     PyObject *v[9], *result = NULL;
     bw_view x = {0}, bias = {0}, out = {0};
     bw_stored stored = {0};
@@ -54,13 +55,13 @@ PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     const int64_t x_shape[2] = {activations.rows, stored.tensor.cols}, bias_shape[2] = {1, stored.tensor.rows},
                   out_shape[2] = {activations.rows, stored.tensor.rows};
     if (bw_view_expect_shape("x", &x, 2, x_shape) || bw_view_expect_shape("out", &out, 2, out_shape) ||
-        (v[6] != Py_None && (bw_view_expect_shape("bias", &bias, 2, bias_shape) ||
-                             bw_view_expect_apart("out", &out, "bias", &bias))) ||
+        (v[6] != Py_None &&
+         (bw_view_expect_shape("bias", &bias, 2, bias_shape) || bw_view_expect_apart("out", &out, "bias", &bias))) ||
         bw_view_expect_apart("out", &out, "x", &x) || bw_stored_expect_apart("out", &out, &stored))
         goto done;
     Py_BEGIN_ALLOW_THREADS
-    status = bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, (bw_mode)mode, target.dtype,
-                       out.data);
+    status =
+        bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, (bw_mode)mode, target.dtype, out.data);
     Py_END_ALLOW_THREADS
     if (status) bw_raise("matmul", "codes", status);
     else result = Py_NewRef(Py_None);

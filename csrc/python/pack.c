@@ -69,9 +69,8 @@ PyObject *bw_py_unpack(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     int64_t cols = 0;
     uint8_t *data = NULL;
     if (bw_parse("unpack", names, args, n_args, keywords, v) || parse_levels(v[2], &levels) ||
-        bw_arg_int("cols", v[1], 0, PTRDIFF_MAX, &cols) ||
-        bw_view_acquire("packed", v[0], BW_CONTIGUOUS, &packed) || bw_view_expect_dtype("packed", &packed, "uint8") ||
-        bw_view_expect_ndim("packed", &packed, 2))
+        bw_arg_int("cols", v[1], 0, PTRDIFF_MAX, &cols) || bw_view_acquire("packed", v[0], BW_CONTIGUOUS, &packed) ||
+        bw_view_expect_dtype("packed", &packed, "uint8") || bw_view_expect_ndim("packed", &packed, 2))
         goto done;
     const bw_scheme scheme = {levels, 1, -1};
     bw_status status = bw_scheme_layout(&scheme, (ptrdiff_t)packed.shape[0], (ptrdiff_t)cols, &layout);
@@ -95,9 +94,8 @@ done:
     return result;
 }
 
-const char bw_doc_layout[] =
-    "layout(scheme, rows, cols)\n--\n\n"
-    "Exact sizes of a stored matrix: {row_bytes, n_groups, row_zero_bytes, n_bytes}, bytes.";
+const char bw_doc_layout[] = "layout(scheme, rows, cols)\n--\n\n"
+                             "Exact sizes of a stored matrix: {row_bytes, n_groups, row_zero_bytes, n_bytes}, bytes.";
 
 PyObject *bw_py_layout(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;

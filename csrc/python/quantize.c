@@ -1,10 +1,9 @@
 /* quantize_rtn, encode, dequantize. */
 #include "boundary.h"
 
-const char bw_doc_quantize_rtn[] =
-    "quantize_rtn(weight, scheme)\n--\n\n"
-    "Round a (rows, cols) float matrix to nearest on each group's range.\n\n"
-    "scheme is (levels, group_size, symmetric). Returns (codes, scales, zeros or None).";
+const char bw_doc_quantize_rtn[] = "quantize_rtn(weight, scheme)\n--\n\n"
+                                   "Round a (rows, cols) float matrix to nearest on each group's range.\n\n"
+                                   "scheme is (levels, group_size, symmetric). Returns (codes, scales, zeros or None).";
 
 PyObject *bw_py_quantize_rtn(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
@@ -32,9 +31,8 @@ done:
     return result;
 }
 
-const char bw_doc_encode[] =
-    "encode(weight, scales, zeros, scheme)\n--\n\n"
-    "Packed codes (rows, row_bytes) of a float matrix on scales and zeros that are given.";
+const char bw_doc_encode[] = "encode(weight, scales, zeros, scheme)\n--\n\n"
+                             "Packed codes (rows, row_bytes) of a float matrix on scales and zeros that are given.";
 
 PyObject *bw_py_encode(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
@@ -57,8 +55,7 @@ PyObject *bw_py_encode(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     npy_intp shape[2] = {matrix.rows, layout.row_bytes};
     codes = PyArray_SimpleNew(2, shape, NPY_UINT8);
     cols = PyLong_FromSsize_t(matrix.cols);
-    if (!codes || !cols ||
-        bw_stored_acquire(codes, v[1], v[2] == Py_None ? NULL : v[2], v[3], cols, &stored)) {
+    if (!codes || !cols || bw_stored_acquire(codes, v[1], v[2] == Py_None ? NULL : v[2], v[3], cols, &stored)) {
         Py_CLEAR(codes);
         goto done;
     }
@@ -93,8 +90,8 @@ PyObject *bw_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t n
         bw_stored_acquire(v[0], v[1], v[2] == Py_None ? NULL : v[2], v[3], v[4], &stored) ||
         bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &matrix))
         goto done;
-    if (v[6] && (bw_view_acquire("rows", v[6], BW_CONTIGUOUS, &rows) ||
-                 bw_view_expect_dtype("rows", &rows, "int64") || bw_view_expect_ndim("rows", &rows, 1)))
+    if (v[6] && (bw_view_acquire("rows", v[6], BW_CONTIGUOUS, &rows) || bw_view_expect_dtype("rows", &rows, "int64") ||
+                 bw_view_expect_ndim("rows", &rows, 1)))
         goto done;
     const int64_t shape[2] = {v[6] ? rows.shape[0] : stored.tensor.rows, stored.tensor.cols};
     if (bw_view_expect_shape("out", &out, 2, shape) || bw_stored_expect_apart("out", &out, &stored) ||

@@ -149,7 +149,8 @@ static int read_tensor(const char *name, int flags, bw_view *view) {
         return -1;
     }
     if ((flags & BW_CONTIGUOUS) && !is_contiguous(view)) {
-        PyErr_Format(PyExc_ValueError, "%s: expected contiguous memory; got a strided tensor (call .contiguous())", name);
+        PyErr_Format(PyExc_ValueError, "%s: expected contiguous memory; got a strided tensor (call .contiguous())",
+                     name);
         return -1;
     }
     if ((flags & BW_CONTIGUOUS) && view->bits >= 8 && (uintptr_t)view->data % (uintptr_t)(view->bits / 8)) {
@@ -249,8 +250,12 @@ int bw_view_matrix(const char *name, const bw_view *view, bw_matrix *matrix) {
         return -1;
     }
     if (bw_view_expect_ndim(name, view, 2)) return -1;
-    *matrix = (bw_matrix){view->data,       (ptrdiff_t)view->shape[0],   (ptrdiff_t)view->shape[1],
-                          (ptrdiff_t)view->strides[0], (ptrdiff_t)view->strides[1], (bw_dtype)found};
+    *matrix = (bw_matrix){view->data,
+                          (ptrdiff_t)view->shape[0],
+                          (ptrdiff_t)view->shape[1],
+                          (ptrdiff_t)view->strides[0],
+                          (ptrdiff_t)view->strides[1],
+                          (bw_dtype)found};
     bw_status status = bw_check_matrix(matrix);
     if (status) bw_raise("a matrix", name, status);
     return status ? -1 : 0;

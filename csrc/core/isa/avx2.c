@@ -103,10 +103,10 @@ static inline bw_vf bw_pow2(bw_vf n) {
     return (bw_vf){pow2_half(n.a), pow2_half(n.b)};
 }
 
-#define FOLD(op)                                                                                  \
-    __m256 eight = _mm256_##op##_ps(x.a, x.b);                                                    \
+#define FOLD(op)                                                                                 \
+    __m256 eight = _mm256_##op##_ps(x.a, x.b);                                                   \
     __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
-    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                  \
+    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                 \
     return _mm_cvtss_f32(_mm_##op##_ss(two, _mm_movehdup_ps(two)))
 static inline float bw_sum(bw_vf x) {
     FOLD(add);
@@ -177,8 +177,8 @@ static inline bw_codes bw_take_dense(const bw_span *span, const bw_reader *reade
     bw_codes codes;
     for (int h = 0; h < 2; h++) {
         const uint8_t *p = span->p + 4 * h * reader->bits;
-        __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(p, 0)),
-                                                load_half(p + 2 * reader->bits, 0), 1);
+        __m256i bytes =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(load_half(p, 0)), load_half(p + 2 * reader->bits, 0), 1);
         for (int i = 0; i < 2; i++) {
             __m256i lifted = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, reader->pick[i]), reader->lift[i]);
             codes.v[2 * h + i] = _mm256_srl_epi16(lifted, reader->down);
@@ -188,10 +188,12 @@ static inline bw_codes bw_take_dense(const bw_span *span, const bw_reader *reade
 }
 
 /* Ternary: byte / 3^j as (256 byte) (2^15 / 3^j, rounded up) / 2^23, which is exact below 243; then the rest by 3. */
-static const uint16_t third_powers[24] = {32768, 10923, 3641, 1214, 405, 32768, 10923, 3641, 1214, 405, 32768, 10923,
-                                          3641, 1214, 405, 32768, 10923, 3641, 1214, 405, 32768, 10923, 3641, 1214};
-#define FIFTHS4(b) b, b, b, b, b, b + 1, b + 1, b + 1, b + 1, b + 1, b + 2, b + 2, b + 2, b + 2, b + 2, b + 3, b + 3, \
-                   b + 3, b + 3, b + 3
+static const uint16_t third_powers[24] = {32768, 10923, 3641,  1214,  405,   32768, 10923, 3641,
+                                          1214,  405,   32768, 10923, 3641,  1214,  405,   32768,
+                                          10923, 3641,  1214,  405,   32768, 10923, 3641,  1214};
+#define FIFTHS4(b)                                                                                                   \
+    b, b, b, b, b, b + 1, b + 1, b + 1, b + 1, b + 1, b + 2, b + 2, b + 2, b + 2, b + 2, b + 3, b + 3, b + 3, b + 3, \
+        b + 3
 static const uint8_t fifths[80] = {FIFTHS4(0), FIFTHS4(4), FIFTHS4(8), FIFTHS4(12)};
 
 static inline bw_reader bw_read_ternary(void) {
@@ -213,7 +215,8 @@ static inline bw_codes bw_take_ternary(const bw_span *span, int k, const bw_read
     for (int i = 0; i < 4; i++) {
         int at = offset + 32 * (i / 2) + 8 * (i % 2);
         __m256i pick = _mm256_set_m128i(pick_fifths(at + 16), pick_fifths(at));
-        __m256i power = _mm256_set_m128i(load_half(third_powers + (at + 16) % 5, 0), load_half(third_powers + at % 5, 0));
+        __m256i power =
+            _mm256_set_m128i(load_half(third_powers + (at + 16) % 5, 0), load_half(third_powers + at % 5, 0));
         __m256i quotient = _mm256_srli_epi16(_mm256_mulhi_epu16(_mm256_shuffle_epi8(bytes, pick), power), 7);
         __m256i third = _mm256_mulhi_epu16(quotient, _mm256_set1_epi16(21846));
         codes.v[i] = _mm256_sub_epi16(quotient, _mm256_add_epi16(third, _mm256_add_epi16(third, third)));

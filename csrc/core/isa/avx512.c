@@ -80,10 +80,10 @@ static inline bw_vf bw_pow2(bw_vf n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 
-#define FOLD(op)                                                                                   \
-    __m256 eight = _mm256_##op##_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));      \
-    __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));  \
-    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                   \
+#define FOLD(op)                                                                                 \
+    __m256 eight = _mm256_##op##_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));    \
+    __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                 \
     return _mm_cvtss_f32(_mm_##op##_ss(two, _mm_movehdup_ps(two)))
 static inline float bw_sum(bw_vf x) {
     FOLD(add);

@@ -12,9 +12,9 @@ typedef struct {
     float32x4_t q[4]; /* lanes 0..3, 4..7, 8..11, 12..15 */
 } bw_vf;
 
-#define EACH(expression)                                \
-    bw_vf r;                                            \
-    for (int i = 0; i < 4; i++) r.q[i] = (expression);  \
+#define EACH(expression)                               \
+    bw_vf r;                                           \
+    for (int i = 0; i < 4; i++) r.q[i] = (expression); \
     return r
 
 static inline bw_vf bw_load(const float *p) {
@@ -40,8 +40,7 @@ static inline bw_vf bw_load_u8(const uint8_t *p) {
     EACH(vcvtq_f32_u32(words[i]));
 }
 static inline void bw_store_f16(void *p, bw_vf x) {
-    for (int i = 0; i < 4; i++)
-        vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.q[i])));
+    for (int i = 0; i < 4; i++) vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.q[i])));
 }
 /* Nearest, ties to even; NaN keeps its top bits and becomes quiet. */
 static inline void bw_store_bf16(void *p, bw_vf x) {

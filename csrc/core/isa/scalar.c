@@ -11,8 +11,8 @@ typedef struct {
     float v[16];
 } bw_vf;
 
-#define EACH(expression)                            \
-    bw_vf r;                                        \
+#define EACH(expression)                                \
+    bw_vf r;                                            \
     for (int i = 0; i < 16; i++) r.v[i] = (expression); \
     return r
 

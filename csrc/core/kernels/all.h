@@ -9,16 +9,32 @@
 #include "loss.h"
 #include "product.h"
 
-#define BW_TABLE(isa_name, isa_rank, isa_supported)                                                          \
-    {                                                                                                        \
-        .name = isa_name, .rank = isa_rank, .supported = isa_supported,                                      \
-        .load_row = load_row, .store = store,                                                                \
-        .pack = pack, .unpack = unpack,                                                                      \
-        .rtn_grid = rtn_grid, .encode_row = encode_row, .decode_row = decode_row,                            \
-        .clip_grid = clip_grid,                                                                              \
-        .find_ranges = find_ranges, .range_grid = range_grid, .grid_error = grid_error,                      \
-        .tile_round = tile_round, .tile_try = tile_try, .tile_cost = tile_cost, .tile_aim = tile_aim,        \
-        .tile_descend = tile_descend, .tile_refit = tile_refit, .tile_keep = tile_keep,                      \
-        .block_max = block_max, .block_exp = block_exp, .block_kl = block_kl,                                \
-        .prepare_token = prepare_token, .multiply_rows = multiply_rows,                                      \
+#define BW_TABLE(isa_name, isa_rank, isa_supported) \
+    {                                               \
+        .name = isa_name,                           \
+        .rank = isa_rank,                           \
+        .supported = isa_supported,                 \
+        .load_row = load_row,                       \
+        .store = store,                             \
+        .pack = pack,                               \
+        .unpack = unpack,                           \
+        .rtn_grid = rtn_grid,                       \
+        .encode_row = encode_row,                   \
+        .decode_row = decode_row,                   \
+        .clip_grid = clip_grid,                     \
+        .find_ranges = find_ranges,                 \
+        .range_grid = range_grid,                   \
+        .grid_error = grid_error,                   \
+        .tile_round = tile_round,                   \
+        .tile_try = tile_try,                       \
+        .tile_cost = tile_cost,                     \
+        .tile_aim = tile_aim,                       \
+        .tile_descend = tile_descend,               \
+        .tile_refit = tile_refit,                   \
+        .tile_keep = tile_keep,                     \
+        .block_max = block_max,                     \
+        .block_exp = block_exp,                     \
+        .block_kl = block_kl,                       \
+        .prepare_token = prepare_token,             \
+        .multiply_rows = multiply_rows,             \
     }

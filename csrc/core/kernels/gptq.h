@@ -146,7 +146,7 @@ static void tile_aim(const bw_tile *t, float *pull, float *base) {
 /* Coordinate descent: each column in turn goes to its best level, all others kept. Returns whether any code
  * moved. `pull` as in tile_aim before the call. */
 static int tile_descend(const bw_tile *t, const float *hessian, ptrdiff_t stride, const float *pull,
-                              const bw_tile_grid *grid, float *errors, uint8_t *codes) {
+                        const bw_tile_grid *grid, float *errors, uint8_t *codes) {
     bw_vf bottom = bw_set(0), top = bw_set(t->top), x[TILE_VECTORS], moved = bw_set(0);
     for (ptrdiff_t k = 0; k < t->n; k++) {
         bw_vf inverse = bw_set(1.0f / hessian[k * stride + k]);
@@ -169,8 +169,8 @@ static int tile_descend(const bw_tile *t, const float *hessian, ptrdiff_t stride
 
 /* Least-squares steps for the codes as they are: scale += C(AE + pull) / (C A CT) with C = codes - zero, rounded to
  * fp16, kept in the rows where the cost falls. */
-static void tile_refit(const bw_tile *t, const float *hessian, ptrdiff_t stride, const float *pull,
-                       bw_tile_grid *grid, float *levels, float *errors, const uint8_t *codes) {
+static void tile_refit(const bw_tile *t, const float *hessian, ptrdiff_t stride, const float *pull, bw_tile_grid *grid,
+                       float *levels, float *errors, const uint8_t *codes) {
     bw_vf slope[TILE_VECTORS], curve[TILE_VECTORS], x[TILE_VECTORS], y[TILE_VECTORS];
     for (int v = 0; v < TILE_VECTORS; v++) slope[v] = curve[v] = bw_set(0);
     for (ptrdiff_t k = 0; k < t->n; k++)

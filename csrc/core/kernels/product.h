@@ -108,8 +108,12 @@ typedef struct {
 } cell_finder;
 
 static inline cell_finder find_cells(const bw_few *job) {
-    return (cell_finder){job->group_shift > job->cell_shift, job->weight->scheme.symmetric, job->group_shift, job->bits,
-                         job->zero, job->units};
+    return (cell_finder){job->group_shift > job->cell_shift,
+                         job->weight->scheme.symmetric,
+                         job->group_shift,
+                         job->bits,
+                         job->zero,
+                         job->units};
 }
 
 static inline bw_vf cell_scales(const cell_finder *f, const stored_row *row, ptrdiff_t c) {

@@ -2,8 +2,8 @@
  * No fused multiply-add, and sums of 16 fixed lanes, so every instruction set gives the same bytes. */
 
 typedef struct {
-    float low, high;  /* range, 0 included */
-    float sum_abs;    /* sum of |w| */
+    float low, high; /* range, 0 included */
+    float sum_abs;   /* sum of |w| */
     int finite;
 } group_range;
 

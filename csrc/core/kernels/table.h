@@ -32,12 +32,12 @@ typedef struct {
     ptrdiff_t token_bytes;
     ptrdiff_t n_units, n_cells;
     ptrdiff_t reach, scale_reach, zero_reach; /* bytes that kernels may read from the start of a row's array */
-    int digits;                  /* bytes of a rounded activation; 0 = exact */
-    int bits;                    /* of a dense code, or of a zero */
-    float zero;                  /* of a symmetric scheme */
-    int cell_shift, group_shift; /* column >> shift is its cell, its group */
-    int32_t lanes[16];           /* cell of each lane of a unit, counted from the unit's first */
-    int32_t units[16];           /* group of each of 16 units, counted from the first one's */
+    int digits;                               /* bytes of a rounded activation; 0 = exact */
+    int bits;                                 /* of a dense code, or of a zero */
+    float zero;                               /* of a symmetric scheme */
+    int cell_shift, group_shift;              /* column >> shift is its cell, its group */
+    int32_t lanes[16];                        /* cell of each lane of a unit, counted from the unit's first */
+    int32_t units[16];                        /* group of each of 16 units, counted from the first one's */
 } bw_few;
 
 /* Rows that one call of multiply_rows may work on, and the stride of its sums. */
@@ -58,8 +58,8 @@ typedef struct {
     int (*unpack)(const uint8_t *packed, ptrdiff_t n, int32_t levels, uint8_t *codes);
 
     /* kernels/rtn.h: one row of `cols` values in groups of `group`. zeros: one float a group. */
-    bw_status (*rtn_grid)(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme,
-                          uint16_t *scales, float *zeros);
+    bw_status (*rtn_grid)(const float *w, ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme, uint16_t *scales,
+                          float *zeros);
     void (*encode_row)(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t levels, const uint16_t *scales,
                        const float *zeros, uint8_t *codes);
     void (*decode_row)(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
