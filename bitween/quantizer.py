@@ -68,7 +68,7 @@ class Bitween:
         Parameters
         ----------
         rtn : round to nearest; needs no text. The default when nothing else is chosen
-        trainable : sign-gradient trained rounding; needs text
+        trainable : rounding fitted to text: GPTQ, then coordinate descent on the same quadratic ("gptq+refine")
         method : a method of `bitween.quantize` by name instead: "rtn", "clip", "gptq", ...
         calibration_data : path, list of strings, (windows, length) token ids, dataset name; default bitween's own text
         ignore_layers : names or patterns (fnmatch) of layers to leave alone
@@ -145,7 +145,7 @@ def _choose(rtn: bool, trainable: bool, method: str | None) -> str:
 
     if rtn + trainable + (method is not None) > 1:
         raise ValueError("quantize: expected one of rtn=True, trainable=True, method=...; got several")
-    chosen = "signround" if trainable else method or "rtn"
+    chosen = "gptq+refine" if trainable else method or "rtn"
     if chosen not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {chosen!r}")
     return chosen

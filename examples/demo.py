@@ -30,8 +30,9 @@ def main(model_dir: str, output_dir: str) -> None:
         tokenizer,
         target_memory_reduction=0.70,
         max_perplexity_increase=0.05,
-        calibration_samples=32,
-        evaluation_samples=160,
+        calibration_samples=24,
+        evaluation_samples=96,
+        stages=2,
         progress=ProgressBars(),
     )
     quantized = quantizer.quantize()

@@ -31,8 +31,8 @@ def test_rtn_replaces_every_linear_by_packed_bytes(tiny_model):
     assert sum(m.weight_nbytes for m in packed) == expected
 
 
-@pytest.mark.parametrize("method", ["clip", "gptq", "gptq+refine"])
-def test_methods_beat_rounding(tiny_model, tiny_tokenizer, method):
+@pytest.mark.parametrize("how", [{"method": "clip"}, {"method": "gptq"}, {"trainable": True}])
+def test_methods_beat_rounding(tiny_model, tiny_tokenizer, how):
     before = logits(tiny_model)
 
     def error(**how):
@@ -42,7 +42,7 @@ def test_methods_beat_rounding(tiny_model, tiny_tokenizer, method):
             .mean()
         )
 
-    assert error(method=method) < error(rtn=True)
+    assert error(**how) < error(rtn=True)
 
 
 def test_ignored_layers_and_embeddings(tiny_model):

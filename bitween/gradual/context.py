@@ -86,6 +86,7 @@ class GradualContext:
             selection=selection_samples,
             certification=evaluation_samples,
             seed=seed,
+            vocabulary=layout.embedding.shape[0],
         )
         runner = blocks.BlockRunner(model, layout, products=products)
         return cls(model, tokenizer, layout, text, runner, seed, progress)

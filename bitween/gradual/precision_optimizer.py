@@ -174,7 +174,10 @@ class PrecisionOptimizer:
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:
-        return "rtn" if scheme.bits >= 8 else self.method
+        """Refinement is left out where GPTQ alone is as good: at 5 bits and more."""
+        if scheme.bits >= 8:
+            return "rtn"
+        return "gptq" if scheme.bits >= 5 and self.method == "gptq+refine" else self.method
 
     def _quantize(self, layer: blocks.Layer, scheme: Scheme, hessian: bitween.Hessian | None) -> None:
         method = self._method_of(scheme)
