@@ -47,7 +47,7 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	cd $(SANITIZED) && \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(wildcard tests/core tests/boundary)
+	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian matmul gptq loss search clip))
 
 bench: $(VENV)/bitween.stamp  ## run the benchmarks
 	set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
