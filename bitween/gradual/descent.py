@@ -74,6 +74,7 @@ class Descent:
         self._realise = realise
         self.stages: list[Stage] = []
         self.model = DamageModel()
+        self._sums: list[float] = []  # of single damages, one a stage
 
     def predicted(self, plan: Plan) -> float:
         """Damage of a plan as a whole, corrected by the stages so far; nats per token."""
@@ -107,7 +108,7 @@ class Descent:
         accepted = math.isfinite(quality.damage) and increase <= self.budget
         stage = Stage(name, plan.nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)
-        self._sums = [*getattr(self, "_sums", []), plan.damage]
+        self._sums.append(plan.damage)
         self._learn()
         return stage
 

@@ -174,7 +174,7 @@ class PrecisionOptimizer:
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:
-        """Refinement is left out where GPTQ alone is as good: at 5 bits and more."""
+        """Refinement, the slowest part, is left to the widths below 5 bits, which do most of the damage."""
         if scheme.bits >= 8:
             return "rtn"
         return "gptq" if scheme.bits >= 5 and self.method == "gptq+refine" else self.method
@@ -301,8 +301,3 @@ class _BlockWalk:
             optimizer.candidate.put(layer, stored[layer.name])
         if self.steps[-1] != step:
             self.steps.append(step)
-
-
-def plan_of(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Scheme]:
-    """The plan that stored tensors realise."""
-    return {name: tensor.scheme for name, tensor in tensors.items()}
