@@ -4,6 +4,7 @@ Everything is found from the model's structure. No architecture is known by name
 Face family needs no new code here.
 """
 
+import fnmatch
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,15 @@ class Layer:
             raise ValueError(f"{self.name}: the layer is already quantized and holds no full weight")
         weight = self.module.weight.detach()
         return weight.t() if self.kind == "conv1d" else weight
+
+    def as_weight(self, values: torch.Tensor) -> torch.Tensor:
+        """Numbers (outputs, inputs) in the shape in which the module keeps its weight."""
+        return values.T.contiguous() if self.kind == "conv1d" else values
+
+    def matches(self, patterns: Iterable[str]) -> bool:
+        """Whether a pattern (fnmatch) fits the name or one that shares the weight."""
+        names = (self.name, *self.shared)
+        return any(name == pattern or fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,9 +100,7 @@ class Bitween:
         ends = {self.layout.embedding.name, self.layout.head.name}
         found = []
         for layer in self.layout.layers:
-            names = (layer.name, *layer.shared)
-            ignored = any(name == p or fnmatch.fnmatch(name, p) for name in names for p in patterns)
-            if layer.plain and not ignored and (self.embeddings or layer.name not in ends):
+            if layer.plain and not layer.matches(patterns) and (self.embeddings or layer.name not in ends):
                 found.append(layer)
         return found
 

@@ -59,9 +59,7 @@ class LayerResult:
 def put_numbers(layer: Layer, tensor: QuantizedTensor) -> None:
     """Let the layer compute with a stored matrix as plain numbers of its own dtype, in a new Parameter."""
     values = tensor.dequantize(layer.module.weight.dtype)
-    if layer.kind == "conv1d":
-        values = values.T.contiguous()
-    layer.module.weight = nn.Parameter(values, requires_grad=False)
+    layer.module.weight = nn.Parameter(layer.as_weight(values), requires_grad=False)
 
 
 class SequentialQuantizer:

@@ -41,11 +41,8 @@ class Candidate:
 
     def put(self, layer: blocks.Layer, tensor: QuantizedTensor) -> None:
         """Let the layer compute with a stored matrix; layers that share the weight follow."""
-        weight = layer.module.weight
-        values = tensor.dequantize(weight.dtype)
-        if layer.kind == "conv1d":
-            values = values.T.contiguous()
-        parameter = torch.nn.Parameter(values, requires_grad=False)
+        values = tensor.dequantize(layer.module.weight.dtype)
+        parameter = torch.nn.Parameter(layer.as_weight(values), requires_grad=False)
         for name in (layer.name, *layer.shared):
             self._modules[name].weight = parameter
         self.stored[layer.name] = tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -220,10 +219,9 @@ class GradualQuantizer:
         return self._original_bytes - sum(layer.nbytes for layer in self.layout.layers)
 
     def _ignored(self, layer: blocks.Layer) -> bool:
-        names = (layer.name, *layer.shared)
         if not layer.plain or (layer.kind == "embedding" and not self.target.embeddings):
             return True
-        return any(fnmatch.fnmatch(n, p) or n == p for n in names for p in self.ignore_layers)
+        return layer.matches(self.ignore_layers)
 
     def _size_items(self) -> list[Item]:
         items = []

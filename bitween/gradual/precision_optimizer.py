@@ -253,10 +253,10 @@ class _BlockWalk:
 
     def attempt(self, scheme: Scheme, method: str) -> bool:
         stored = {layer.name: self.quantize(layer, scheme, method) for layer in self.block.layers}
-        weights = {}
-        for layer in self.block.layers:
-            values = stored[layer.name].dequantize(layer.module.weight.dtype)
-            weights[layer.module] = values.T.contiguous() if layer.kind == "conv1d" else values
+        weights = {
+            layer.module: layer.as_weight(stored[layer.name].dequantize(layer.module.weight.dtype))
+            for layer in self.block.layers
+        }
         damage = self.optimizer.probe.damage(weights, self.index)
         nbytes = sum(tensor.nbytes for tensor in stored.values())
         step = Step(self.block.name, scheme.bits, scheme.group_size, method, damage, nbytes, damage <= self.threshold)

@@ -118,5 +118,4 @@ class Probe:
 def rounded_weight(layer: blocks.Layer, scheme: Scheme) -> torch.Tensor:
     """The layer's weight rounded to nearest, in the module's own shape and dtype."""
     weight = layer.weight
-    stored = bitween.quantize(weight, scheme).dequantize(weight.dtype)
-    return stored.T.contiguous() if layer.kind == "conv1d" else stored
+    return layer.as_weight(bitween.quantize(weight, scheme).dequantize(weight.dtype))
