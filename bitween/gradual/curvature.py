@@ -240,7 +240,7 @@ def _collect_moments(context, ids, found, progress) -> None:
 
 
 def _keep_moment(found, names, hessian) -> None:
-    matrix = np.asarray(hessian.matrix(), np.float64) / max(1, hessian.tokens)
+    matrix = np.asarray(hessian.matrix(), np.float64)
     conditional = conditional_variances(matrix)
     for name in names:
         found[name].moment = np.diagonal(matrix).copy()

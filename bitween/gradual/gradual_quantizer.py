@@ -326,9 +326,12 @@ class GradualQuantizer:
     def _prove(
         self, chosen: Stage, conflict: str | None, descent: Descent, optimizer: PrecisionOptimizer
     ) -> tuple[Stage, Any, str | None]:
-        """Test from the safest stage to the chosen one on held-out text; what fails is not returned as proven."""
-        safer = [s for s in descent.stages if s.accepted and s.nbytes > chosen.nbytes]
-        sequence = [*sorted(safer, key=lambda s: -s.nbytes)[-1:], chosen]
+        """Test from a safer stage to the chosen one on held-out text; what fails is not returned as proven.
+
+        Safer is what did less damage to the selection text, so the order is fixed before the proof's text is seen.
+        """
+        safer = [s for s in descent.stages if s.accepted and s.nbytes > chosen.nbytes and s.damage < chosen.damage]
+        sequence = [*sorted(safer, key=lambda s: s.damage)[-1:], chosen]
         accepted, last = None, None
         for stage in sequence:
             optimizer.restore(stage.realisation)

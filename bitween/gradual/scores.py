@@ -88,16 +88,28 @@ def _weighted_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, 
     columns = curvature.conditional if feedback else curvature.moment
     if columns is None or curvature.tokens == 0:  # never reached by the text: only its own size can speak
         columns = np.full(layer.shape[1], 1e-6)
-    rows, cols = layer.shape
-    step = max(1, rows * cols // _SAMPLED_WEIGHTS)
-    weight = layer.weight[::step].contiguous()
     if not feedback and curvature.elementwise is not None:
         return np.asarray(bitween.search(layer.weight, schemes, curvature.elementwise, ranges=ranges))
-    sampled = curvature.rows[::step]
-    scale = curvature.rows.sum() / sampled.sum() if sampled.sum() > 0 else 1.0
+    rows, factor = _sample_rows(curvature.rows, max(1, _SAMPLED_WEIGHTS // layer.shape[1]))
+    weight = layer.weight[torch.from_numpy(rows)].contiguous()
     importance = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
-    factor = torch.from_numpy(np.ascontiguousarray(sampled, np.float32))
-    return scale * np.asarray(bitween.search(weight, schemes, importance, row_importance=factor, ranges=ranges))
+    factor = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
+    return np.asarray(bitween.search(weight, schemes, importance, row_importance=factor, ranges=ranges))
+
+
+def _sample_rows(weights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `n` rows and their factors, such that a sum over them estimates the weighted sum over all.
+
+    Rows are taken in proportion to their weight at equal distances of its running sum (systematic sampling, Madow
+    1949): an embedding's and a head's weight lies in few rows, which evenly spaced rows would miss.
+    """
+    total = weights.sum()
+    if n >= len(weights) or not total > 0:
+        return np.arange(len(weights)), weights
+    places = (np.arange(n) + 0.5) * (total / n)
+    taken = np.minimum(np.searchsorted(np.cumsum(weights), places), len(weights) - 1)
+    rows, times = np.unique(taken, return_counts=True)
+    return rows, times * (total / n)
 
 
 def to_items(scores: dict[str, LayerScores], *, keep: bool = True) -> list[Item]:

@@ -9,10 +9,12 @@ from scipy.stats import spearmanr
 
 import bitween
 from bitween import Scheme
-from bitween.gradual import ImportanceAnalyzer
-from bitween.gradual.curvature import conditional_variances
+from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
+from bitween.gradual.context import GradualContext
+from bitween.gradual.curvature import collect_curvature, conditional_variances
 from bitween.gradual.methods import METHODS
 from bitween.gradual.probe import block_units, layer_units
+from bitween.gradual.scores import _sample_rows, score_layers
 
 OPTIONS = {"calibration_samples": 16, "selection_samples": 2, "evaluation_samples": 8, "length": 64}
 SEED_WEIGHTS = {"noise_injection": 0.15, "rtn_sensitivity": 0.40, "block_disable": 0.20, "layer_upgrade": 0.25}
@@ -87,3 +89,27 @@ def test_predicted_damage_ranks_and_scales_like_real_damage(analyzer, tiny_model
     assert spearmanr(real, guess).statistic > 0.9
     assert 0.6 < sum(guess) / sum(real) < 1.6
     assert all(np.isfinite(score.relative_error) for score in predicted.values())
+
+
+def test_predicted_damage_of_a_whole_plan_with_feedback(tiny_model, tiny_tokenizer):
+    """Embedding and head included: what the planner adds up is what GPTQ leaves, without a fit."""
+    context = GradualContext.build(tiny_model, tiny_tokenizer, length=64, calibration_samples=64, selection_samples=16)
+    scheme = Scheme(4, 64)
+    curvature = collect_curvature(context, gradient_windows=16, hessian_windows=64)
+    predicted = score_layers(context.layout, curvature, [scheme])
+    real = PrecisionOptimizer(tiny_model, tiny_tokenizer, context=context).realise(dict.fromkeys(predicted, scheme))
+    assert 0.5 < sum(score.damage[0] for score in predicted.values()) / real.measurement.damage < 1.8
+
+
+def test_sampled_rows_estimate_the_sum():
+    rng = np.random.default_rng(0)
+    weights = 1 / np.arange(1, 5001) ** 1.2  # few rows hold most of the weight, as tokens do
+    rng.shuffle(weights)
+    values = rng.random(5000)
+    rows, factors = _sample_rows(weights, 500)
+    assert len(rows) <= 500
+    assert factors.sum() == pytest.approx(weights.sum())
+    assert factors @ values[rows] == pytest.approx(weights @ values, rel=0.02)
+    rows, factors = _sample_rows(weights, 5000)
+    assert (rows == np.arange(5000)).all()
+    assert (factors == weights).all()
