@@ -137,7 +137,7 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
     with torch.enable_grad():
         logits = runner.logits(leaf, grad=True).float()
         p = logits.detach().softmax(-1)[0]
-        labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+        labels = _sample(p, generator)
         loss = torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum")
     # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
     energy = (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
@@ -150,6 +150,13 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
     loss.backward()
     final.backward(leaf.grad)
     return hidden.grad
+
+
+def _sample(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label a row of probabilities (rows, n), by inversion; torch.multinomial takes ten times as long."""
+    running = p.cumsum(-1)
+    places = torch.rand(len(p), 1, generator=generator) * running[:, -1:]
+    return torch.searchsorted(running, places).clamp_(max=p.shape[-1] - 1)[:, 0]
 
 
 def _block_gradient(context, i, hidden, call, gradient, found, elementwise) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 import bitween
 from bitween import blocks
@@ -26,6 +27,8 @@ __all__ = ["PrecisionOptimizer", "Realisation", "Step"]
 LADDER = (8, 4, 2)
 BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
 GROUP_SIZES = (128, 64, 32, 16)
+_ONE_PASS_BYTES = 1 << 30  # of one block's activations
+_BYTES_A_UNIT = 16  # of the widest layer, a token: about four float32 tensors live at once
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class PrecisionOptimizer:
                 self._quantize(layer, plan[layer.name], None)
         runner = self.runner
         with runner:
-            batches = [runner.embed(part) for part in self.context.batches(self._windows)]
+            batches = [runner.embed(part) for part in self._batches()]
             methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
             quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put)
             for i, block in enumerate(layout.blocks):
@@ -157,6 +160,13 @@ class PrecisionOptimizer:
         self.candidate.restore_all()
         for name, tensor in realisation.stored.items():
             self.candidate.put(self.context.layout.layer(name), tensor)
+
+    def _batches(self) -> list[torch.Tensor]:
+        """All windows at once where a block's activations are small: then each block runs once, not once a group."""
+        widest = max(max(layer.shape) for block in self.context.layout.blocks for layer in block.layers)
+        if self._windows.numel() * widest * _BYTES_A_UNIT <= _ONE_PASS_BYTES:
+            return [self._windows]
+        return list(self.context.batches(self._windows))
 
     def _check_plan(self, plan: Mapping[str, Scheme | None]) -> None:
         known = {layer.name for layer in self.context.layout.layers}

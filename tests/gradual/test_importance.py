@@ -11,7 +11,7 @@ import bitween
 from bitween import Scheme
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
 from bitween.gradual.context import GradualContext
-from bitween.gradual.curvature import collect_curvature, conditional_variances
+from bitween.gradual.curvature import _sample, collect_curvature, conditional_variances
 from bitween.gradual.methods import METHODS
 from bitween.gradual.probe import block_units, layer_units
 from bitween.gradual.scores import _sample_rows, score_layers
@@ -113,3 +113,11 @@ def test_sampled_rows_estimate_the_sum():
     rows, factors = _sample_rows(weights, 5000)
     assert (rows == np.arange(5000)).all()
     assert (factors == weights).all()
+
+
+def test_labels_are_drawn_from_the_models_distribution():
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(20000, 4)
+    labels = _sample(p, torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(labels, minlength=4) / len(labels)
+    torch.testing.assert_close(frequencies, p[0], atol=0.015, rtol=0)
+    assert frequencies[1] == 0
