@@ -167,7 +167,7 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default 5)")
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix, a multiple of 512")
+    parser.add_argument("--size", type=int, default=6144, help="rows and columns of the matrix, a multiple of 512")
     parser.add_argument("--only", default="", help="run the kernels whose name contains this")
     options = parser.parse_args()
     if options.rounds < 1 or options.size < 512 or options.size % 512:

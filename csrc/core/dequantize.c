@@ -26,8 +26,9 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
     const bw_layout *l = &job->layout;
     const bw_isa *isa = bw_cpu();
     char *p = job->scratch + worker * job->scratch_bytes;
-    float *values = (float *)p, *zeros = (float *)(p + bw_aligned(t->cols * 4));
-    uint8_t *bytes = (uint8_t *)zeros + bw_aligned(l->n_groups * 4);
+    float *zeros = (float *)p;
+    uint8_t *bytes = (uint8_t *)(p + bw_aligned(l->n_groups * 4));
+    ptrdiff_t size = job->dtype == BW_F32 ? 4 : 2;
     ptrdiff_t first = chunk * job->rows_per_chunk, end = first + job->rows_per_chunk;
     for (ptrdiff_t i = first; i < (end < job->n_rows ? end : job->n_rows); i++) {
         ptrdiff_t r = job->ids ? (ptrdiff_t)job->ids[i] : i, at = i * t->cols;
@@ -38,9 +39,7 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
             atomic_store(&job->status, status);
             return;
         }
-        float *row = job->dtype == BW_F32 ? (float *)job->out + at : values;
-        isa->decode_row(bytes, t->cols, l->group, t->scales + r * l->n_groups, zeros, row);
-        if (job->dtype != BW_F32) isa->store(values, t->cols, job->dtype, job->out + at * 2);
+        isa->decode_row(bytes, t->cols, l->group, t->scales + r * l->n_groups, zeros, job->dtype, job->out + at * size);
     }
 }
 
@@ -52,7 +51,7 @@ static bw_status decode_rows(decode_job *job) {
     job->rows_per_chunk = CHUNK_VALUES / t->cols + 1;
     ptrdiff_t n_chunks = (job->n_rows - 1) / job->rows_per_chunk + 1;
     int n_workers = bw_n_workers(n_chunks);
-    job->scratch_bytes = bw_aligned(t->cols * 4) + bw_aligned(job->layout.n_groups * 4) + bw_aligned(t->cols + 8);
+    job->scratch_bytes = bw_aligned(job->layout.n_groups * 4) + bw_aligned(t->cols + 16);
     job->scratch = bw_alloc(n_workers, job->scratch_bytes);
     if (!job->scratch) return BW_ERR_MEMORY;
     bw_parallel_for(n_workers, n_chunks, decode_chunk, job);

@@ -29,7 +29,7 @@ typedef struct {
     float *tile;    /* TILE_ROWS x TILE_COLS */
     float *sums;    /* BLOCK_TOKENS x TILE_ROWS */
     float *zeros;   /* TILE_ROWS x n_groups */
-    uint8_t *bytes; /* max(TILE_COLS, n_groups) + 8 */
+    uint8_t *bytes; /* max(TILE_COLS, n_groups) + 16 */
 } tile_scratch;
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) {
@@ -38,7 +38,7 @@ static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) {
 
 static ptrdiff_t tile_scratch_bytes(ptrdiff_t n_groups) {
     ptrdiff_t values = (TILE_ROWS * TILE_COLS + BLOCK_TOKENS * TILE_ROWS) * (ptrdiff_t)sizeof(float);
-    return values + bw_aligned(TILE_ROWS * n_groups * 4) + bw_aligned(n_groups + TILE_COLS + 8);
+    return values + bw_aligned(TILE_ROWS * n_groups * 4) + bw_aligned(n_groups + TILE_COLS + 16);
 }
 
 static tile_scratch carve(const tile_job *job, int worker) {
@@ -57,7 +57,7 @@ static bw_status decode_part(const tile_job *job, ptrdiff_t row, ptrdiff_t first
     ptrdiff_t at = w->scheme.levels == 3 ? first / 5 : first / 8 * bw_level_bits(w->scheme.levels),
               g = first / l->group;
     int largest = bw_cpu()->unpack(w->codes + row * l->row_bytes + at, n, w->scheme.levels, bytes);
-    bw_cpu()->decode_row(bytes, n, l->group, w->scales + row * l->n_groups + g, zeros + g, out);
+    bw_cpu()->decode_row(bytes, n, l->group, w->scales + row * l->n_groups + g, zeros + g, BW_F32, out);
     return largest < w->scheme.levels ? BW_OK : BW_ERR_CODE;
 }
 

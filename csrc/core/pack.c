@@ -29,7 +29,7 @@ static void pack_chunk(void *context, ptrdiff_t chunk, int worker) {
     for (ptrdiff_t r = chunk * job->rows_per_chunk; r < chunk_end(job, chunk); r++) {
         const uint8_t *codes = job->from + r * job->cols;
         uint8_t *packed = job->to + r * job->row_bytes;
-        int largest = 0;
+        uint8_t largest = 0; /* not an int: sixteen are compared at once */
         for (ptrdiff_t i = 0; i < job->cols; i++) largest = codes[i] > largest ? codes[i] : largest;
         if (largest >= job->levels) {
             atomic_store(&job->status, BW_ERR_CODE);

@@ -53,7 +53,7 @@ static void compare_schemes(const float *w, const float *importance, const bw_sc
             isa->encode_row(w, COLS, group, scheme->levels, r.scales[k], r.zeros[k], r.codes[k]);
             isa->pack(r.codes[k], COLS, scheme->levels, r.packed[k]);
             isa->unpack(r.packed[k], COLS, scheme->levels, r.back[k]);
-            isa->decode_row(r.back[k], COLS, group, r.scales[k], r.zeros[k], r.values[k]);
+            isa->decode_row(r.back[k], COLS, group, r.scales[k], r.zeros[k], BW_F32, r.values[k]);
             isa->store(r.values[k], COLS, clip ? BW_F16 : BW_BF16, r.halves[k]);
             const bw_matrix m = {r.scales[k], 1, n, n, 1, BW_F16};
             isa->load_row(&m, 0, 0, n, r.wide[k]);

@@ -126,16 +126,24 @@ static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     return (bw_vf){_mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes)),
                    _mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes + 1))};
 }
-static inline __m128 sum_to_four(bw_vf x) {
-    __m256 eight = _mm256_add_ps(x.a, x.b);
-    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-}
-/* bw_sum of four vectors at once. */
+/* Each of four vectors folded to one number, in the order of FOLD. */
+#define FOLD_FOUR(op)                                                                                                  \
+    __m128 four[4];                                                                                                    \
+    for (int i = 0; i < 4; i++) {                                                                                      \
+        __m256 eight = _mm256_##op##_ps(x[i].a, x[i].b);                                                               \
+        four[i] = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));                       \
+    }                                                                                                                  \
+    __m128 ab = _mm_##op##_ps(_mm_movelh_ps(four[0], four[1]), _mm_movehl_ps(four[1], four[0])); /* 0+2 1+3 of each */ \
+    __m128 cd = _mm_##op##_ps(_mm_movelh_ps(four[2], four[3]), _mm_movehl_ps(four[3], four[2]));                       \
+    _mm_storeu_ps(out, _mm_##op##_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)))
 static inline void bw_sum_four(const bw_vf *x, float *out) {
-    __m128 a = sum_to_four(x[0]), b = sum_to_four(x[1]), c = sum_to_four(x[2]), d = sum_to_four(x[3]);
-    __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)); /* a0+a2 a1+a3 b0+b2 b1+b3 */
-    __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+    FOLD_FOUR(add);
+}
+static inline void bw_min_four(const bw_vf *x, float *out) {
+    FOLD_FOUR(min);
+}
+static inline void bw_max_four(const bw_vf *x, float *out) {
+    FOLD_FOUR(max);
 }
 
 /* 64 codes, one in 16 bits, so that products with 16-bit numbers never saturate. A register holds
@@ -254,6 +262,7 @@ static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
                    _mm256_cvtepi32_ps(_mm256_add_epi32(sums[2], sums[3]))};
 }
 
+#include "eights.h"
 #include "../kernels/all.h"
 
 #pragma GCC pop_options

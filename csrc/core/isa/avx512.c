@@ -102,18 +102,25 @@ static inline float bw_reduce_max(bw_vf x) {
 static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), x);
 }
-static inline bw_vf add_halves(bw_vf x, bw_vf y) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
-}
-/* bw_sum of four vectors at once. */
+/* Each of four vectors folded to one number, in the order of FOLD. */
+#define FOLD_FOUR(op)                                                                                      \
+    bw_vf halves[2] = {                                                                                    \
+        _mm512_##op##_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee)),  \
+        _mm512_##op##_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee))}; \
+    bw_vf fours = _mm512_##op##_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),                       \
+                                   _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));                      \
+    bw_vf twos = _mm512_##op##_ps(fours, _mm512_permute_ps(fours, 0x4e));                                  \
+    bw_vf ones = _mm512_##op##_ps(twos, _mm512_permute_ps(twos, 0xb1));                                    \
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);                   \
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones)))
 static inline void bw_sum_four(const bw_vf *x, float *out) {
-    bw_vf halves[2] = {add_halves(x[0], x[1]), add_halves(x[2], x[3])};
-    bw_vf fours = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                                _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-    bw_vf twos = _mm512_add_ps(fours, _mm512_permute_ps(fours, 0x4e));
-    bw_vf ones = _mm512_add_ps(twos, _mm512_permute_ps(twos, 0xb1));
-    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones)));
+    FOLD_FOUR(add);
+}
+static inline void bw_min_four(const bw_vf *x, float *out) {
+    FOLD_FOUR(min);
+}
+static inline void bw_max_four(const bw_vf *x, float *out) {
+    FOLD_FOUR(max);
 }
 
 /* 64 codes, one a byte. A dense reader: the byte where eight codes start, then the bit of each code within them. */
@@ -138,6 +145,39 @@ static inline bw_span bw_open_dense(const uint8_t *p, const bw_reader *reader) {
 static inline bw_codes bw_take_dense(const bw_span *span, const bw_reader *reader) {
     __m512i eight = _mm512_permutexvar_epi8(reader->index, span->bytes);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(reader->shift, eight), reader->mask);
+}
+
+/* Packing a unit: neighbours join into pairs, fours, eights; then the filled bytes of each eight move together, byte i
+ * from where its bits lie. */
+#define PLACE1(bits, i) (i) / (bits) % 8 * 8 + (i) % (bits)
+#define PLACE4(bits, i) PLACE1(bits, i), PLACE1(bits, i + 1), PLACE1(bits, i + 2), PLACE1(bits, i + 3)
+#define PLACE16(bits, i) PLACE4(bits, i), PLACE4(bits, i + 4), PLACE4(bits, i + 8), PLACE4(bits, i + 12)
+#define PLACE64(bits) {PLACE16(bits, 0), PLACE16(bits, 16), PLACE16(bits, 32), PLACE16(bits, 48)}
+static const uint8_t filled_bytes[6][64] = {PLACE64(1), PLACE64(2), PLACE64(3), PLACE64(4), PLACE64(5), PLACE64(6)};
+static inline ptrdiff_t bw_pack_units(const uint8_t *codes, ptrdiff_t n, int bits, uint8_t *packed) {
+    if (bits > 6) return 0; /* a pair's upper weight would not fit into a signed byte */
+    const __m512i pair = _mm512_set1_epi16((short)(1 | 1 << (bits + 8)));
+    const __m512i four = _mm512_set1_epi32(1 | 1 << (2 * bits + 16));
+    const __m512i lower = _mm512_set1_epi64(0xffffffff);
+    const __m128i down = _mm_cvtsi32_si128(32 - 4 * bits);
+    const __m512i place = _mm512_loadu_si512(filled_bytes[bits - 1]);
+    ptrdiff_t i = 0, done = 0, room = (n * bits + 7) / 8 - 64; /* whole registers, overwritten by the next */
+    for (; i + 64 <= n && done <= room; i += 64, done += 8 * bits) {
+        __m512i fours = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_loadu_si512(codes + i), pair), four);
+        __m512i upper = _mm512_srl_epi64(_mm512_andnot_si512(lower, fours), down);
+        __m512i eights = _mm512_or_si512(_mm512_and_si512(fours, lower), upper);
+        _mm512_storeu_si512(packed + done, _mm512_permutexvar_epi8(place, eights));
+    }
+    return i;
+}
+static inline ptrdiff_t bw_unpack_units(const uint8_t *packed, ptrdiff_t n, int bits, uint8_t *codes) {
+    const bw_reader reader = bw_read_dense(bits);
+    ptrdiff_t i = 0, done = 0, room = (n * bits + 7) / 8 - 64;
+    for (; i + 64 <= n && done <= room; i += 64, done += 8 * bits) {
+        bw_span span = bw_open_dense(packed + done, &reader);
+        _mm512_storeu_si512(codes + i, bw_take_dense(&span, &reader));
+    }
+    return i;
 }
 
 /* Ternary: 64 bytes hold 320 codes. Tables turn each byte into its first four digits, 2 bits each, beside the fifth

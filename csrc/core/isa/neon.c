@@ -54,8 +54,8 @@ static inline void bw_store_bf16(void *p, bw_vf x) {
     }
 }
 static inline void bw_store_u8(uint8_t *p, bw_vf x) {
-    uint16x8_t low = vcombine_u16(vmovn_u32(vcvtq_u32_f32(x.q[0])), vmovn_u32(vcvtq_u32_f32(x.q[1])));
-    uint16x8_t high = vcombine_u16(vmovn_u32(vcvtq_u32_f32(x.q[2])), vmovn_u32(vcvtq_u32_f32(x.q[3])));
+    uint16x8_t low = vcombine_u16(vmovn_u32(vcvtnq_u32_f32(x.q[0])), vmovn_u32(vcvtnq_u32_f32(x.q[1])));
+    uint16x8_t high = vcombine_u16(vmovn_u32(vcvtnq_u32_f32(x.q[2])), vmovn_u32(vcvtnq_u32_f32(x.q[3])));
     vst1q_u8(p, vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
 }
 static inline bw_vf bw_set(float x) {
@@ -119,6 +119,7 @@ static inline float bw_reduce_max(bw_vf x) {
 }
 
 #include "units.h"
+#include "eights.h"
 #include "../kernels/all.h"
 
 static int supported(void) {

@@ -48,8 +48,9 @@ static inline void bw_store_bf16(void *p, bw_vf a) {
     for (int i = 0; i < 16; i++) h[i] = bw_to_bf16(a.v[i]);
     memcpy(p, h, sizeof h);
 }
+/* Rounds to nearest, ties to even. */
 static inline void bw_store_u8(uint8_t *p, bw_vf a) {
-    for (int i = 0; i < 16; i++) p[i] = (uint8_t)a.v[i];
+    for (int i = 0; i < 16; i++) p[i] = (uint8_t)rintf(a.v[i]);
 }
 static inline bw_vf bw_set(float x) {
     EACH(x);
@@ -105,6 +106,7 @@ static inline float bw_reduce_max(bw_vf a) {
 }
 
 #include "units.h"
+#include "eights.h"
 #include "../kernels/all.h"
 
 static int supported(void) {

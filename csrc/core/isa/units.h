@@ -19,9 +19,15 @@ static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     for (int i = 0; i < 16; i++) to[i] = from[lanes[i]];
     return bw_load(to);
 }
-/* bw_sum of four vectors at once. */
+/* Each of four vectors folded to one number. */
 static inline void bw_sum_four(const bw_vf *x, float *out) {
     for (int i = 0; i < 4; i++) out[i] = bw_sum(x[i]);
+}
+static inline void bw_min_four(const bw_vf *x, float *out) {
+    for (int i = 0; i < 4; i++) out[i] = bw_reduce_min(x[i]);
+}
+static inline void bw_max_four(const bw_vf *x, float *out) {
+    for (int i = 0; i < 4; i++) out[i] = bw_reduce_max(x[i]);
 }
 
 static inline bw_reader bw_read_dense(int bits) {

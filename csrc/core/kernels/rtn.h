@@ -65,15 +65,15 @@ static inline void step_grid(bw_vf step, bw_vf low, const bw_scheme *scheme, flo
     bw_store(zeros, zero);
 }
 
-/* Ends of a range alone; `poison` becomes NaN when a value is not finite. */
-static inline void find_ends(const float *w, ptrdiff_t n, float *low, float *high, bw_vf *poison) {
-    bw_vf zero = bw_set(0), least = zero, most = zero;
+/* Ends of one group in lanes, 0 included; `poison` becomes NaN when a value is not finite. */
+static inline void find_ends(const float *w, ptrdiff_t n, bw_vf *low, bw_vf *high, bw_vf *poison) {
+    bw_vf zero = bw_set(0), least = zero, most = zero, bad = *poison;
     ptrdiff_t i = 0;
     for (; i + 16 <= n; i += 16) {
         bw_vf v = bw_load(w + i);
         least = bw_min(least, v);
         most = bw_max(most, v);
-        *poison = bw_add(*poison, bw_mul(v, zero));
+        bad = bw_fma(v, zero, bad); /* exact: 0, or NaN */
     }
     if (i < n) {
         float tail[16] = {0};
@@ -81,10 +81,11 @@ static inline void find_ends(const float *w, ptrdiff_t n, float *low, float *hig
         bw_vf v = bw_load(tail);
         least = bw_min(least, v);
         most = bw_max(most, v);
-        *poison = bw_add(*poison, bw_mul(v, zero));
+        bad = bw_fma(v, zero, bad);
     }
-    *low = bw_reduce_min(least);
-    *high = bw_reduce_max(most);
+    *low = least;
+    *high = most;
+    *poison = bad;
 }
 
 /* Up to sixteen groups at a time: their ranges one by one, their grids in lanes. */
@@ -92,17 +93,20 @@ static bw_status rtn_grid(const float *w, ptrdiff_t cols, ptrdiff_t group, const
                           float *zeros) {
     int mean = scheme->symmetric && scheme->levels == 2;
     for (ptrdiff_t first = 0; first < cols; scales += 16, zeros += 16) {
-        float low[16] = {0}, high[16] = {0}, found_zeros[16], found[16];
+        float low[16], high[16], found_zeros[16], found[16];
         uint16_t halves[16];
-        bw_vf poison = bw_set(0);
+        bw_vf poison = bw_set(0), least[16], most[16];
         int k = 0;
         for (; k < 16 && first < cols; k++, first += group) {
             ptrdiff_t n = cols - first < group ? cols - first : group;
-            find_ends(w + first, n, &low[k], &high[k], &poison);
+            find_ends(w + first, n, &least[k], &most[k], &poison);
             if (!mean) continue;
             group_range r = find_range(w + first, n);
-            high[k] = range_step(&r, n, scheme);
+            most[k] = bw_set(range_step(&r, n, scheme));
         }
+        for (int j = k; j < (k + 3) / 4 * 4; j++) least[j] = most[j] = bw_set(0);
+        for (int j = 0; j < k; j += 4) bw_min_four(least + j, low + j), bw_max_four(most + j, high + j);
+        for (int j = (k + 3) / 4 * 4; j < 16; j++) low[j] = high[j] = 0;
         float bad = bw_sum(poison);
         if (bad != bad) return BW_ERR_NONFINITE;
         bw_vf l = bw_load(low), h = bw_load(high), step = mean ? h : range_steps(l, h, scheme);
@@ -126,7 +130,8 @@ static inline void load_scales(const uint16_t *scales, ptrdiff_t n, float *steps
 
 static inline bw_vf encode_lanes(const float *p, bw_vf inverse, bw_vf zero, bw_vf top) {
     bw_vf q = bw_add(bw_mul(bw_load(p), inverse), zero);
-    return bw_min(bw_max(bw_rint(q), bw_set(0)), top);
+    return bw_min(bw_max(q, bw_set(0)),
+                  top); /* bw_store_u8 rounds: both ends are whole, so clamping first is the same */
 }
 
 static void encode_row(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t levels, const uint16_t *scales,
@@ -150,14 +155,34 @@ static void encode_row(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t 
     }
 }
 
-static void decode_row(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
-                       const float *zeros, float *out) {
-    for (ptrdiff_t g = 0, first = 0; first < cols; g++, first += group) {
-        ptrdiff_t n = cols - first < group ? cols - first : group, i = 0;
-        float s = bw_from_f16(scales[g]), z = zeros[g];
-        bw_vf scale = bw_set(s), zero = bw_set(z);
-        for (; i + 16 <= n; i += 16)
-            bw_store(out + first + i, bw_mul(bw_sub(bw_load_u8(codes + first + i), zero), scale));
-        for (; i < n; i++) out[first + i] = ((float)codes[first + i] - z) * s;
+/* n <= 16 values of one group; whole vectors are stored as they are. */
+static inline void store_values(bw_vf values, ptrdiff_t n, bw_dtype dtype, char *out) {
+    char last[64];
+    char *to = n < 16 ? last : out;
+    if (dtype == BW_F32) bw_store((float *)to, values);
+    else if (dtype == BW_F16) bw_store_f16(to, values);
+    else bw_store_bf16(to, values);
+    if (n < 16) memcpy(out, last, (size_t)n * (dtype == BW_F32 ? 4 : 2));
+}
+
+/* Inlined for each dtype, so that the loop asks nothing. May read 15 codes past the end. */
+static inline __attribute__((always_inline)) void decode_as(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group,
+                                                            const uint16_t *scales, const float *zeros,
+                                                            const bw_dtype dtype, char *out) {
+    const ptrdiff_t size = dtype == BW_F32 ? 4 : 2;
+    for (ptrdiff_t g = 0, i = 0; i < cols; g++) {
+        ptrdiff_t end = cols - i < group ? cols : i + group;
+        bw_vf scale = bw_set(bw_from_f16(scales[g])), zero = bw_set(zeros[g]);
+        for (; i + 16 <= end; i += 16)
+            store_values(bw_mul(bw_sub(bw_load_u8(codes + i), zero), scale), 16, dtype, out + i * size);
+        if (i < end) store_values(bw_mul(bw_sub(bw_load_u8(codes + i), zero), scale), end - i, dtype, out + i * size);
+        i = end;
     }
+}
+
+static void decode_row(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
+                       const float *zeros, bw_dtype dtype, void *out) {
+    if (dtype == BW_F32) decode_as(codes, cols, group, scales, zeros, BW_F32, out);
+    else if (dtype == BW_F16) decode_as(codes, cols, group, scales, zeros, BW_F16, out);
+    else decode_as(codes, cols, group, scales, zeros, BW_BF16, out);
 }

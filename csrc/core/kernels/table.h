@@ -63,7 +63,7 @@ typedef struct {
     void (*encode_row)(const float *w, ptrdiff_t cols, ptrdiff_t group, int32_t levels, const uint16_t *scales,
                        const float *zeros, uint8_t *codes);
     void (*decode_row)(const uint8_t *codes, ptrdiff_t cols, ptrdiff_t group, const uint16_t *scales,
-                       const float *zeros, float *out);
+                       const float *zeros, bw_dtype dtype, void *out);
 
     /* kernels/clip.h: as rtn_grid, with the least sum of importance * error^2. importance: `cols` values, >= 0 and
      * at most about 1e20, or NULL for equal ones. */
