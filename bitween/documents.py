@@ -30,7 +30,7 @@ def load_documents(source=None) -> list[str]:
         A path to a .txt, .md, .json or .jsonl file, each also gzipped (.gz). JSON holds a list, JSON Lines one
         item a line; an item is a string or an object with a string "text".
         A list of strings: one document each.
-        Any other string: a data set of the `datasets` package, written "name", "name:config" or
+        A folder or any other string: a data set of the `datasets` package, written "name", "name:config" or
         "name:config:split" (the split is "train" unless told); its column "text" is used.
 
     Returns
@@ -48,6 +48,8 @@ def load_documents(source=None) -> list[str]:
     """
     if source is None:
         rows = _read_file(Path(str(resources.files("bitween") / "data" / "text.jsonl.gz")))
+    elif isinstance(source, str | PathLike) and Path(source).is_dir():
+        rows = _read_data_set(fspath(source))
     elif isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
         rows = _read_file(Path(source))
     elif isinstance(source, str):

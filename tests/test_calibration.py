@@ -129,6 +129,14 @@ def test_data_set_by_name(monkeypatch):
     assert calls == [("wikitext", "wikitext-2-raw-v1", "test"), ("owner/name", None, "train")]
 
 
+def test_a_folder_is_read_by_the_datasets_package(tmp_path):
+    pytest.importorskip("datasets", reason="needs the package `datasets`")
+    texts = [f"Document {i}. It was a bright cold day in April." for i in range(5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert load_documents(tmp_path) == texts
+    assert load_documents(str(tmp_path)) == texts
+
+
 def test_data_set_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"neither a file nor.*pip install datasets"):
