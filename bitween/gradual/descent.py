@@ -74,11 +74,12 @@ class Descent:
         self._realise = realise
         self.stages: list[Stage] = []
         self.model = DamageModel()
+        self.floor = 0.0  # nats that any change causes, however small: rounding inside the products falls differently
         self._sums: list[float] = []  # of single damages, one a stage
 
     def predicted(self, plan: Plan) -> float:
         """Damage of a plan as a whole, corrected by the stages so far; nats per token."""
-        return float(self.model.total(plan.damage))
+        return self.floor + float(self.model.total(plan.damage))
 
     def predicted_increase(self, plan: Plan) -> float:
         """ln perplexity ratio expected of a plan, nats per token."""
@@ -116,8 +117,8 @@ class Descent:
         """Search the fewest bytes whose measured increase is within the budget, between what held and what did not."""
         for _ in range(TRIES):
             held = min((s for s in self.stages if s.accepted), key=lambda s: s.nbytes, default=None)
-            broke = max((s.nbytes for s in self.stages if not s.accepted), default=least)
-            if held is not None and (held.increase >= CLOSE * self.budget or held.nbytes <= broke * 1.01):
+            broke = max((s.nbytes + 1 for s in self.stages if not s.accepted), default=least)
+            if held is not None and (held.increase >= CLOSE * self.budget or held.nbytes <= max(least, broke * 1.01)):
                 return held
             nbytes = self._aim(held, broke)
             if nbytes is None or any(abs(s.nbytes - nbytes) <= 0.003 * nbytes for s in self.stages):
@@ -125,15 +126,15 @@ class Descent:
             self.try_plan(f"{nbytes / 2**20:.1f} MiB (search)", self.frontier.within_bytes(nbytes))
         return min((s for s in self.stages if s.accepted), key=lambda s: s.nbytes, default=None)
 
-    def _aim(self, held: Stage | None, broke: int) -> int | None:
-        """Bytes at which the increase should be just under the budget, by the corrected prediction."""
-        limit = 0.97 * self.budget / self._ratio()
-        sums = float(self.model.inverse(limit))
+    def _aim(self, held: Stage | None, lowest: int) -> int | None:
+        """Bytes, at least `lowest`, at which the increase should be just under the budget, as predicted by now."""
+        limit = 0.97 * self.budget / self._ratio() - self.floor
+        sums = float(self.model.inverse(limit)) if limit > 0 else 0.0
         if sums < self.frontier.least_damage:
             return None
         nbytes = self.frontier.within_damage(sums).nbytes
         top = held.nbytes if held is not None else int(self.frontier.nbytes[-1])
-        return int(np.clip(nbytes, broke + 1, top)) if broke < top else None
+        return int(np.clip(nbytes, lowest, top)) if lowest < top else None
 
     def _learn(self) -> None:
         pairs = [
@@ -142,7 +143,8 @@ class Descent:
             if total > 0 and 0 < stage.damage < math.inf
         ]
         if pairs:
-            self.model = recalibrate([p for p, _ in pairs], [r for _, r in pairs])
+            self.floor = max(0.0, min(damage - total for total, damage in pairs))
+            self.model = recalibrate([p for p, _ in pairs], [r - self.floor for _, r in pairs])
 
     def _ratio(self) -> float:
         """ln perplexity ratio per nat of KL, from the stage whose increase is nearest the budget."""

@@ -306,7 +306,7 @@ class GradualQuantizer:
         if found is None:
             safest = max(descent.stages, key=lambda s: s.nbytes)
             return safest, "no plan tried holds the perplexity budget; this is the most careful one"
-        return found, "the perplexity budget was kept, the memory target was not"
+        return found, None if found.nbytes <= limit else "the perplexity budget was kept, the memory target was not"
 
     def _not_worse_than_uniform(self, chosen: Stage, descent: Descent) -> tuple[Stage, dict[str, Any] | None]:
         """Measure the best uniform scheme of at most the same bytes, and take it should it be better."""
