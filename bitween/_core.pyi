@@ -46,6 +46,20 @@ def pack(codes: _Tensor, levels: int) -> NDArray[np.uint8]: ...
 def unpack(packed: _Tensor, cols: int, levels: int) -> NDArray[np.uint8]: ...
 def hessian_add(x: _Tensor, hessian: _Tensor, y: _Tensor | None = None, weights: _Tensor | None = None) -> None: ...
 def mirror_upper(hessian: _Tensor) -> None: ...
+def train_forward(
+    weight: _Tensor, offset: _Tensor, low: _Tensor | None, high: _Tensor, scheme: _Scheme, out: _Tensor
+) -> None: ...
+def train_backward(
+    weight: _Tensor,
+    offset: _Tensor,
+    low: _Tensor | None,
+    high: _Tensor,
+    scheme: _Scheme,
+    grad: _Tensor,
+    into_offset: _Tensor,
+    into_low: _Tensor | None,
+    into_high: _Tensor,
+) -> None: ...
 def quantize_gptq(
     weight: _Tensor,
     hessian: _Tensor,

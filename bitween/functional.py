@@ -38,7 +38,25 @@ def _by_hessian(sweeps: int | None) -> Callable:
     return method
 
 
-METHODS = {"rtn": _rtn, "clip": _clip, "gptq": _by_hessian(0), "gptq+refine": _by_hessian(None)}
+def _signround(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
+    import torch
+
+    from .hessian import Hessian
+    from .signround import train_on_hessian
+
+    stored = QuantizedTensor(*_by_hessian(None)(weight, scheme, importance, hessian), scheme, tuple(weight.shape))
+    matrix = torch.as_tensor(hessian.matrix() if isinstance(hessian, Hessian) else hessian)
+    q = train_on_hessian(torch.as_tensor(weight), stored, matrix)
+    return q.codes, q.scales, q.zeros
+
+
+METHODS = {
+    "rtn": _rtn,
+    "clip": _clip,
+    "gptq": _by_hessian(0),
+    "gptq+refine": _by_hessian(None),
+    "signround": _signround,
+}
 
 
 def quantize(
@@ -52,7 +70,7 @@ def quantize(
     scheme : Scheme
     method : one of `METHODS`; "rtn" rounds to nearest on each group's range, "clip" on the range of least error;
         "gptq" rounds columns in order, each making up for the errors before it; "gptq+refine" goes on until the
-        error under the hessian stops falling
+        error under the hessian stops falling; "signround" then trains rounding and ranges on that error
     importance : float32, float16 or bfloat16, weight's shape or (cols,), >= 0: weight of each squared error;
         where a group has none above 0, its errors count equally
     hessian : Hessian, or float32 (cols, cols): E[x xT] of the layer's inputs

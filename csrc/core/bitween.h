@@ -180,6 +180,21 @@ typedef struct {
 bw_status bw_quantize_gptq(const bw_matrix *weight, const float *hessian, const bw_gptq_options *options,
                            const bw_quantized *out, bw_gptq_report *report);
 
+/* ---- signround.c ---- */
+/* A rounding under training: weight and offset (rows, cols), low and high (rows, n_groups), the ends of each group's
+ * grid; low NULL when symmetric. */
+typedef struct {
+    const float *weight, *offset, *low, *high;
+    ptrdiff_t rows, cols;
+    bw_scheme scheme;
+} bw_rounding;
+
+/* values (rows, cols) = (q - zero) * scale, q = clamp(rint(weight / scale + zero + offset)); scale is rounded to fp16. */
+bw_status bw_train_forward(const bw_rounding *rounding, float *values);
+/* Gradients of a loss, from grad (rows, cols) with respect to values; roundings count as the identity. */
+bw_status bw_train_backward(const bw_rounding *rounding, const float *grad, float *into_offset, float *into_low,
+                            float *into_high);
+
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */
 bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed);

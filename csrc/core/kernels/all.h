@@ -6,6 +6,7 @@
 #include "clip.h"
 #include "search.h"
 #include "gptq.h"
+#include "signround.h"
 #include "loss.h"
 #include "product.h"
 
@@ -32,6 +33,8 @@
         .tile_descend = tile_descend,               \
         .tile_refit = tile_refit,                   \
         .tile_keep = tile_keep,                     \
+        .train_forward = train_forward,             \
+        .train_backward = train_backward,           \
         .block_max = block_max,                     \
         .block_exp = block_exp,                     \
         .block_kl = block_kl,                       \

@@ -103,6 +103,13 @@ typedef struct {
     void (*prepare_token)(const bw_few *job, const float *x, char *token);
     bw_status (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
                                float *out);
+
+    /* kernels/signround.h: one row; low, high and their gradients one value a group. */
+    void (*train_forward)(const float *w, const float *offset, const float *low, const float *high, ptrdiff_t cols,
+                          ptrdiff_t group, const bw_scheme *scheme, float *out);
+    void (*train_backward)(const float *w, const float *offset, const float *low, const float *high, const float *grad,
+                           ptrdiff_t cols, ptrdiff_t group, const bw_scheme *scheme, float *into_offset,
+                           float *into_low, float *into_high);
 } bw_isa;
 
 #endif
