@@ -67,7 +67,8 @@ class Bitween:
         Parameters
         ----------
         rtn : round to nearest; needs no text. The default when nothing else is chosen
-        trainable : rounding fitted to text: GPTQ, then coordinate descent on the same quadratic ("gptq+refine")
+        trainable : rounding and ranges trained on the output of each block by the sign of their gradient ("signround"),
+            from GPTQ's result on. From 5 bits on, where training brings nothing, GPTQ stands alone, at 8 bits rounding
         method : a method of `bitween.quantize` by name instead: "rtn", "clip", "gptq", ...
         calibration_data : path, list of strings, (windows, length) token ids, dataset name; default bitween's own text
         ignore_layers : names or patterns (fnmatch) of layers to leave alone
@@ -142,7 +143,7 @@ def _choose(rtn: bool, trainable: bool, method: str | None) -> str:
 
     if rtn + trainable + (method is not None) > 1:
         raise ValueError("quantize: expected one of rtn=True, trainable=True, method=...; got several")
-    chosen = "gptq+refine" if trainable else method or "rtn"
+    chosen = "signround" if trainable else method or "rtn"
     if chosen not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {chosen!r}")
     return chosen

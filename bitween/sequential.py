@@ -1,14 +1,15 @@
 """Quantize a model block by block, each layer on inputs from the blocks before it as they were quantized.
 
-Activations stream: only the hidden states between two blocks are kept for all windows. Beside them stand one
-block's Hessians, and with a single batch of windows one block's inner activations.
+Activations stream: only the hidden states between two blocks are kept for all windows, and once more as they are
+without quantization where blocks are trained. Beside them stand one block's Hessians, and with a single batch of
+windows one block's inner activations.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from .gptq import SWEEPS, gptq
 from .hessian import Hessian
 from .quantized_tensor import QuantizedTensor
 from .scheme import Scheme
+from .signround import STEPS, train_block
 
 __all__ = ["LayerResult", "SequentialQuantizer", "put_numbers"]
 
 # (layer name, batch index) -> float32 (tokens,) weights of the batch's tokens, or None for ones.
 TokenWeights = Callable[[str, int], Any]
-# (stage, block name, layer name, seconds); stage is "hessian", "quantize" or "forward".
+# (stage, block name, layer name, seconds); stage is "hessian", "quantize", "train" or "forward".
 Progress = Callable[[str, str, str, float], None]
 
 
@@ -69,11 +71,13 @@ class SequentialQuantizer:
     ----------
     runner : BlockRunner of the model that is changed
     method : name of a method, or {layer name: name}; one of `bitween.METHODS`. Layers that no token reaches
-        (experts) are clipped instead.
+        (experts) are clipped instead. Layers with "signround" start from "gptq+refine"; those of one block are then
+        trained together, so that it gives what the untouched model's block gives
     put : called with (layer, QuantizedTensor) as soon as a layer is quantized, and must let the layer compute with
         it; default `put_numbers`
     token_weights : weights of the tokens in each layer's Hessian, for instance its output gradients' energy
     sweeps, damping : of `bitween.gptq`
+    steps : of `signround.train_block`
     progress : called after every step
     """
 
@@ -86,13 +90,15 @@ class SequentialQuantizer:
         token_weights: TokenWeights | None = None,
         sweeps: int = SWEEPS,
         damping: float = 0.01,
+        steps: int = STEPS,
         progress: Progress | None = None,
     ) -> None:
         names = [method] if isinstance(method, str) else method.values()
         if unknown := sorted(set(names) - set(METHODS)):
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {unknown[0]!r}")
         self.runner, self.method, self.put = runner, method, put
-        self.token_weights, self.sweeps, self.damping = token_weights, sweeps, damping
+        self.token_weights, self.sweeps, self.damping, self.steps = token_weights, sweeps, damping, steps
+        self._exact: list[torch.Tensor] | None = None  # hidden states of the untouched model
         self.progress = progress or (lambda *_: None)
 
     def embed(self, windows: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Context]]:
@@ -129,7 +135,13 @@ class SequentialQuantizer:
         """Quantize block `i` and move the batches past it."""
         step = self._one_pass if len(batches) == 1 else self._staged
         with self.runner, torch.no_grad():
-            return step(i, plan, batches)
+            if "signround" not in map(self._method_of, self._all_wanted(plan)):
+                return step(i, plan, batches)
+            inputs = list(batches)
+            self._exact = self._exact if self._exact and i else [hidden for hidden, _ in batches]
+            for k, (_, context) in enumerate(batches):
+                self._exact[k] = self.runner.run_block(i, self._exact[k], context)
+            return self._train(i, step(i, plan, batches), inputs, batches)
 
     # ---- two ways through a block ----------------------------------------------------------------
 
@@ -183,10 +195,32 @@ class SequentialQuantizer:
             batches[k] = self.runner.run_block(i, hidden, context), context
         self.progress("forward", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
 
+    def _train(self, i: int, results: list[LayerResult], inputs: list, batches: list) -> list[LayerResult]:
+        """Train what is to be trained of a quantized block towards `_exact`, and run it again."""
+        started = time.monotonic()
+        wanted = {r.layer.name: r for r in results if r.method == "signround"}
+        if not wanted:
+            return results
+        layers = {n: (r.layer, r.layer.as_weight(r.original.detach()), r.quantized) for n, r in wanted.items()}
+        trained, _, _ = train_block(self.runner, i, layers, inputs, self._exact, steps=self.steps)
+        seconds = (time.monotonic() - started) / len(wanted)
+        for k, result in enumerate(results):
+            name = result.layer.name
+            if name in trained and trained[name] is not result.quantized:
+                self.put(result.layer, trained[name])
+                results[k] = replace(result, quantized=trained[name], error=None, seconds=result.seconds + seconds)
+        self.progress("train", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
+        batches[:] = inputs
+        self._forward(i, batches)
+        return results
+
     # ---- one group of layers ---------------------------------------------------------------------
 
     def _wanted(self, i: int, plan: Mapping[str, Scheme | None]) -> dict[str, Layer]:
         return {x.name: x for x in self.runner.layout.blocks[i].layers if plan.get(x.name) is not None}
+
+    def _all_wanted(self, plan: Mapping[str, Scheme | None]) -> list[Layer]:
+        return [x for block in self.runner.layout.blocks for x in block.layers if plan.get(x.name) is not None]
 
     def _method_of(self, layer: Layer) -> str:
         return self.method if isinstance(self.method, str) else self.method[layer.name]

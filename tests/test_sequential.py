@@ -137,3 +137,27 @@ def test_bad_arguments_change_nothing():
     with pytest.raises(ValueError, match="method: expected one of"):
         SequentialQuantizer(runner, method="magic")
     assert torch.equal(before, tiny_models.logits(model, windows()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [6, 2])
+def test_training_brings_the_model_closer(family, batch):
+    ids, logits = windows(), {}
+    for method in ("gptq+refine", "signround"):
+        model, runner, quantizer = prepared(family, method=method, steps=60)
+        before = tiny_models.logits(model, ids)
+        batches = quantizer.embed(ids.split(batch))
+        results = list(quantizer.run(plan_for(runner, Scheme(2, 16)), batches))
+        logits[method] = tiny_models.logits(model, ids)
+        assert {r.method for r in results} == {method}
+        for result in results:  # what is stored is what the model computes with
+            values = result.layer.as_weight(result.quantized.dequantize(torch.float32))
+            assert torch.equal(result.layer.module.weight, values)
+        with runner:
+            last = torch.cat([hidden for hidden, _ in batches])
+            assert torch.allclose(runner.logits(runner.final(last)), logits[method], atol=1e-3)
+        for result in results:
+            result.restore()
+        assert torch.equal(before, tiny_models.logits(model, ids))
+    wrong = {method: (x - before).square().mean().item() for method, x in logits.items()}
+    assert wrong["signround"] < 0.9 * wrong["gptq+refine"]

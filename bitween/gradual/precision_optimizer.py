@@ -15,6 +15,7 @@ from bitween import blocks
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 from bitween.sequential import SequentialQuantizer
+from bitween.signround import train_block
 
 from .candidate import Candidate
 from .context import GradualContext
@@ -28,6 +29,7 @@ LADDER = (8, 4, 2)
 BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
 GROUP_SIZES = (128, 64, 32, 16)
 _ONE_PASS_BYTES = 1 << 30  # of one block's activations
+_TRAINING_TOKENS = 1024
 _BYTES_A_UNIT = 16  # of the widest layer, a token: about four float32 tensors live at once
 
 
@@ -142,8 +144,8 @@ class PrecisionOptimizer:
                 self._quantize(layer, plan[layer.name], None)
         runner = self.runner
         with runner:
-            batches = [runner.embed(part) for part in self._batches()]
             methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
+            batches = [runner.embed(part) for part in self._batches("signround" in methods.values())]
             quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put)
             for i, block in enumerate(layout.blocks):
                 quantizer.run_block(i, plan, batches)
@@ -161,8 +163,13 @@ class PrecisionOptimizer:
         for name, tensor in realisation.stored.items():
             self.candidate.put(self.context.layout.layer(name), tensor)
 
-    def _batches(self) -> list[torch.Tensor]:
-        """All windows at once where a block's activations are small: then each block runs once, not once a group."""
+    def _batches(self, training: bool) -> list[torch.Tensor]:
+        """All windows at once where a block's activations are small: then each block runs once, not once a group.
+
+        Training takes one batch a step, so those stay small.
+        """
+        if training:
+            return list(self._windows.split(max(1, _TRAINING_TOKENS // self._windows.shape[1])))
         widest = max(max(layer.shape) for block in self.context.layout.blocks for layer in block.layers)
         if self._windows.numel() * widest * _BYTES_A_UNIT <= _ONE_PASS_BYTES:
             return [self._windows]
@@ -184,10 +191,10 @@ class PrecisionOptimizer:
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:
-        """Refinement, the slowest part, is left to the widths below 5 bits, which do most of the damage."""
+        """Refinement and training, the slow parts, are left to the widths below 5 bits, which do most of the damage."""
         if scheme.bits >= 8:
             return "rtn"
-        return "gptq" if scheme.bits >= 5 and self.method == "gptq+refine" else self.method
+        return "gptq" if scheme.bits >= 5 and self.method in ("gptq+refine", "signround") else self.method
 
     def _quantize(self, layer: blocks.Layer, scheme: Scheme, hessian: bitween.Hessian | None) -> None:
         method = self._method_of(scheme)
@@ -204,8 +211,9 @@ class PrecisionOptimizer:
     def progressive_block_quantization(self, block_name: str, threshold: float) -> list[Step]:
         """Lower one block's precision as far as its damage allows: 8 → 4 → 2 bits, then widths in between.
 
-        At each width groups of 128 → 64 → 32 → 16 are tried with round-to-nearest, then with the
-        trainable quantizer. The candidate is left with the last accepted state; a failed trial is rolled back.
+        At each width groups of 128 → 64 → 32 → 16 are tried with round-to-nearest, then clipped, then with the
+        optimizer's own method, and at last trained on the block's output ("signround"). The candidate is left with
+        the last accepted state; a failed trial is rolled back.
 
         Parameters
         ----------
@@ -255,7 +263,7 @@ class _BlockWalk:
 
     def lower(self, bits: float) -> bool:
         """Try one width with every group size and method, cheap ones first; True when one holds."""
-        for method in ("rtn", "clip", self.optimizer.method):
+        for method in dict.fromkeys(("rtn", "clip", self.optimizer.method, "signround")):
             for group_size in GROUP_SIZES:
                 if self.attempt(Scheme(bits, group_size), method):
                     return True
@@ -263,6 +271,8 @@ class _BlockWalk:
 
     def attempt(self, scheme: Scheme, method: str) -> bool:
         stored = {layer.name: self.quantize(layer, scheme, method) for layer in self.block.layers}
+        if method == "signround":
+            stored = self.train(stored)
         weights = {
             layer.module: layer.as_weight(stored[layer.name].dequantize(layer.module.weight.dtype))
             for layer in self.block.layers
@@ -282,7 +292,16 @@ class _BlockWalk:
         if method == "clip" or hessian is None:
             importance = None if hessian is None else np.ascontiguousarray(np.diagonal(hessian.matrix()))
             return bitween.quantize(layer.weight, scheme, method="clip", importance=importance)
-        return bitween.quantize(layer.weight, scheme, method=method, hessian=hessian)
+        start = "gptq+refine" if method == "signround" else method
+        return bitween.quantize(layer.weight, scheme, method=start, hessian=hessian)
+
+    def train(self, stored: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+        """The block's layers, trained together on its output."""
+        probe = self.optimizer.probe
+        layers = {layer.name: (layer, layer.weight, stored[layer.name]) for layer in self.block.layers}
+        batch, target = (probe.states[self.index], probe.call), probe.states[self.index + 1]
+        with probe.runner:
+            return train_block(probe.runner, self.index, layers, [batch], [target])[0]
 
     def hessians(self) -> dict[str, bitween.Hessian | None]:
         """Of the untouched model; the probe's own text serves, since every trial is judged on it."""

@@ -189,7 +189,8 @@ typedef struct {
     bw_scheme scheme;
 } bw_rounding;
 
-/* values (rows, cols) = (q - zero) * scale, q = clamp(rint(weight / scale + zero + offset)); scale is rounded to fp16. */
+/* values (rows, cols) = (q - zero) * scale, q = clamp(rint(weight / scale + zero + offset)); scale is rounded to fp16.
+ */
 bw_status bw_train_forward(const bw_rounding *rounding, float *values);
 /* Gradients of a loss, from grad (rows, cols) with respect to values; roundings count as the identity. */
 bw_status bw_train_backward(const bw_rounding *rounding, const float *grad, float *into_offset, float *into_low,

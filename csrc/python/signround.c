@@ -39,6 +39,12 @@ static void release(held *h) {
     bw_view_release(&h->high);
 }
 
+static int expect_apart(const char *name, const bw_view *out, const held *h) {
+    return bw_view_expect_apart(name, out, "weight", &h->weight) ||
+           bw_view_expect_apart(name, out, "offset", &h->offset) || bw_view_expect_apart(name, out, "low", &h->low) ||
+           bw_view_expect_apart(name, out, "high", &h->high);
+}
+
 const char bw_doc_train_forward[] =
     "train_forward(weight, offset, low, high, scheme, out)\n--\n\n"
     "Write weight, rounded with offsets on the grids that span low .. high, as numbers into out; all float32,\n"
@@ -52,7 +58,7 @@ PyObject *bw_py_train_forward(PyObject *module, PyObject *const *args, Py_ssize_
     bw_view out = {0};
     bw_status status;
     if (bw_parse("train_forward", names, args, n_args, keywords, v) || acquire(v, &h) ||
-        bw_view_array("out", v[5], "float32", 2, h.weight.shape, BW_WRITABLE, &out))
+        bw_view_array("out", v[5], "float32", 2, h.weight.shape, BW_WRITABLE, &out) || expect_apart("out", &out, &h))
         goto done;
     Py_BEGIN_ALLOW_THREADS
     status = bw_train_forward(&h.rounding, (float *)out.data);
@@ -67,7 +73,8 @@ done:
 
 const char bw_doc_train_backward[] =
     "train_backward(weight, offset, low, high, scheme, grad, into_offset, into_low, into_high)\n--\n\n"
-    "Straight-through gradient of train_forward: grad, with respect to its output, is carried to offset, low and high.\n"
+    "Straight-through gradient of train_forward: grad, with respect to its output, is carried to offset, low and "
+    "high.\n"
     "into_low is not written when symmetric.";
 
 PyObject *bw_py_train_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
@@ -85,9 +92,16 @@ PyObject *bw_py_train_backward(PyObject *module, PyObject *const *args, Py_ssize
          bw_view_array("into_low", v[7], "float32", 2, h.high.shape, BW_WRITABLE, &into_low)) ||
         bw_view_array("into_high", v[8], "float32", 2, h.high.shape, BW_WRITABLE, &into_high))
         goto done;
+    const bw_view *outs[] = {&into_offset, &into_low, &into_high};
+    for (int i = 0; i < 3; i++) {
+        if (expect_apart(names[6 + i], outs[i], &h) || bw_view_expect_apart(names[6 + i], outs[i], "grad", &grad))
+            goto done;
+        for (int j = 0; j < 3; j++)
+            if (j != i && bw_view_expect_apart(names[6 + i], outs[i], names[6 + j], outs[j])) goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
-    status = bw_train_backward(&h.rounding, (const float *)grad.data, (float *)into_offset.data,
-                               (float *)into_low.data, (float *)into_high.data);
+    status = bw_train_backward(&h.rounding, (const float *)grad.data, (float *)into_offset.data, (float *)into_low.data,
+                               (float *)into_high.data);
     Py_END_ALLOW_THREADS
     if (status && bw_view_size(&h.weight)) bw_raise("train_backward", "grad", status);
     else result = Py_NewRef(Py_None);

@@ -185,7 +185,7 @@ int64_t bw_view_size(const bw_view *view) {
 static void span_of(const bw_view *view, intptr_t *first, intptr_t *end) {
     intptr_t width = view->bits > 8 ? view->bits / 8 : 1;
     *first = *end = 0;
-    if (!bw_view_size(view)) return;
+    if (!view->data || !bw_view_size(view)) return;
     *first = (intptr_t)view->data;
     *end = *first + width;
     for (int i = 0; i < view->ndim; i++) {

@@ -40,11 +40,30 @@ def codes_of(rows: int, cols: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 3, (rows, cols), np.uint8)
 
 
+def rounding(rows: int, cols: int) -> Arguments:
+    groups = Scheme(3, 16).layout(rows, cols)["n_groups"]
+    return {
+        "weight": floats(rows, cols),
+        "offset": floats(rows, cols),
+        "low": -np.abs(floats(rows, groups)) - 0.1,
+        "high": np.abs(floats(rows, groups)) + 0.1,
+        "scheme": KEY,
+    }
+
+
 # name: (rows, cols) -> keyword arguments
 CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "quantize_rtn": lambda r, c: {"weight": floats(r, c), "scheme": KEY},
     "quantize_clip": lambda r, c: {"weight": floats(r, c), "scheme": KEY, "importance": floats(r, c) ** 2},
     "quantize_gptq": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "scheme": KEY, "sweeps": 1},
+    "train_forward": lambda r, c: {**rounding(r, c), "out": floats(r, c)},
+    "train_backward": lambda r, c: {
+        **rounding(r, c),
+        "grad": floats(r, c),
+        "into_offset": floats(r, c),
+        "into_low": rounding(r, c)["low"],
+        "into_high": rounding(r, c)["high"],
+    },
     "search": lambda r, c: {
         "weight": floats(r, c),
         "schemes": (KEY, Scheme(8, -1, True).key),
