@@ -177,13 +177,14 @@ def test_row_03_broadcast(isa, name):
             assert found[0] == expected[0]
 
 
+# Of two outputs that share memory the first one is named.
 OUTPUT_PAIRS = [
     (name, out, key)
     for name in CALLS
-    for out in tensors_of(name)
+    for i, out in enumerate(tensors_of(name))
     if is_output(name, out)
-    for key in tensors_of(name)
-    if key != out
+    for j, key in enumerate(tensors_of(name))
+    if j > i or (j < i and not is_output(name, key))
 ]
 
 
