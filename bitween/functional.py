@@ -26,7 +26,7 @@ def _clip(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
 
 def _by_hessian(sweeps: int | None) -> Callable:
     def method(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
-        from .gptq import SWEEPS, gptq
+        from ._gptq import SWEEPS, gptq
 
         if hessian is None:
             raise ValueError("hessian: expected E[x xT] of the layer's inputs for this method; got None")

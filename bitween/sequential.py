@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._gptq import SWEEPS, gptq
 from .blocks import BlockRunner, Context, Layer
 from .functional import METHODS, quantize
-from .gptq import SWEEPS, gptq
 from .hessian import Hessian
 from .quantized_tensor import QuantizedTensor
 from .scheme import Scheme

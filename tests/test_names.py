@@ -1,4 +1,4 @@
-"""bitween/_core.pyi names every function of the extension, with its arguments in order."""
+"""What a user can name: every function of the extension as its stub says, every public name one thing."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def test_stub_matches_the_extension():
     assert set(stubs) == set(verbs)
     for name, verb in verbs.items():
         assert stubs[name] == list(inspect.signature(verb).parameters), name
+
+
+def test_no_public_name_is_also_a_module():
+    """Importing the module would put it in the place of the function, depending on who imported what first."""
+    modules = {path.stem for path in Path(bitween.__file__).parent.iterdir()}
+    assert not modules & set(bitween.__all__)
