@@ -40,6 +40,7 @@ _PUBLIC = {
     "load_model": "loading",
     "save_model": "saving",
     "QuantizedEmbedding": "layers",
+    "set_matmul_mode": "layers",
     "Bitween": "quantizer",
 }
 

@@ -113,14 +113,15 @@ class QuantizedTensor:
         if x.ndim > 2:  # folds leading dimensions, with a copy where their strides do not allow a view
             x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         stored = (self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1])
-        _core.matmul(x, *stored, bias, out, _mode_number(mode))
+        _core.matmul(x, *stored, bias, out, mode_number(mode))
         return out
 
     def __repr__(self) -> str:
         return f"QuantizedTensor(shape={self.shape}, scheme='{self.scheme}', nbytes={self.nbytes:,})"
 
 
-def _mode_number(mode: str) -> int:
+def mode_number(mode: str) -> int:
+    """The number under which the core knows a mode."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}; got {mode!r}")
     return MODES[mode]

@@ -35,6 +35,7 @@ def test_torch_decoding_equals_the_core(scheme, cols):
 @pytest.mark.parametrize("shape", [(130,), (3, 130), (2, 3, 130), (2, 1, 3, 1, 130), (0, 130)])
 def test_forward_equals_the_dequantized_linear(dtype, shape):
     layer = make_linear()
+    layer.mode = "exact"
     x = torch.randn(shape).to(dtype)
     y = layer(x)
     want = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
@@ -43,8 +44,32 @@ def test_forward_equals_the_dequantized_linear(dtype, shape):
     torch.testing.assert_close(y.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modes(rows, dtype):
+    """Up to 16 rows are rounded on the fly, more never; each mode is QuantizedTensor's own."""
+    layer = make_linear()
+    x = torch.randn(rows, 130).to(dtype)
+    want = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
+    assert layer.mode == "int16"
+    wrong = {}
+    for mode in ("exact", "int16", "int8"):
+        assert bitween.set_matmul_mode(nn.ModuleList([layer, nn.Identity()]), mode) == 1
+        y = layer(x)
+        assert torch.equal(y, layer.quantized.matmul(x, layer.bias, mode=mode))
+        y = layer.quantized.matmul(x, layer.bias, out=torch.empty(rows, layer.out_features), mode=mode)
+        wrong[mode] = ((y.double() - want).norm() / want.norm()).item()
+    assert wrong["exact"] < 1e-6
+    assert wrong["int16"] < (5e-5 if rows <= 16 else 1e-6)
+    assert (1e-3 < wrong["int8"] < 1e-2) if rows <= 16 else wrong["int8"] < 1e-6
+    with pytest.raises(ValueError, match="mode: expected one of exact, int8, int16; got 'int4'"):
+        layer.mode = "int4"
+    assert layer.mode == "int8"
+
+
 def test_forward_takes_strided_inputs():
     layer = make_linear(64)
+    layer.mode = "exact"
     x = torch.randn(5, 7, 128)
     want = nn.functional.linear(x[:, 1:4, ::2], layer.dequantize(), layer.bias)
     torch.testing.assert_close(layer(x[:, 1:4, ::2]), want)
@@ -181,6 +206,7 @@ def test_embedding(scheme):
 def test_head_tied_to_an_embedding():
     model = nn.ModuleDict({"table": QuantizedEmbedding.from_embedding(nn.Embedding(40, 70), Scheme(4, 64))})
     model["head"] = QuantizedLinear.tied_to(model["table"])
+    model["head"].mode = "exact"
     x = torch.randn(3, 70)
     torch.testing.assert_close(model["head"](x), x @ model["table"].dequantize().T)
     assert sorted(model.state_dict()) == ["table.codes", "table.scales", "table.zeros"]
@@ -194,6 +220,7 @@ def test_head_tied_to_an_embedding():
 
 def test_compiles_to_plain_torch():
     layer = make_linear()
+    layer.mode = "exact"
     x = torch.randn(3, 130)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
