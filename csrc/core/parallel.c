@@ -1,8 +1,9 @@
 /* The thread pool: started at first use, sized by bw_set_num_threads, rebuilt after fork.
  *
  * Own pthreads instead of OpenMP, because PyTorch brings an OpenMP runtime of its own and two of them in one
- * process would fight. Idle workers spin for a moment, since products follow each other closely
- * while a model generates, then sleep on a condition variable. */
+ * process would fight. Idle workers spin for a moment, since products follow each other closely while a model
+ * generates, then sleep, each on a condition variable of its own. The caller works too, and takes back what a worker
+ * has not begun by the end: a worker that wakes late costs nothing. */
 #include "parallel.h"
 
 #include <pthread.h>
@@ -28,25 +29,28 @@ typedef struct {
     bw_chunk_fn fn;
     void *context;
     ptrdiff_t n_chunks;
-    int n_workers;
 } bw_job;
 
-static struct {
-    pthread_mutex_t owner; /* held by the thread whose loop is running */
-    pthread_mutex_t lock;  /* guards the fields below it */
+enum { IDLE, POSTED, RUNNING };
+
+typedef struct {
+    _Alignas(64) atomic_int state; /* the owner posts, the worker runs and goes idle, or the owner takes it back */
+    atomic_int sleeping;
+    int index;
+    pthread_mutex_t lock; /* with `wake`, for sleeping only */
     pthread_cond_t wake;
-    pthread_t threads[BW_MAX_THREADS];
-    int n_started; /* workers running, the caller not counted */
-    bw_job job;
-    atomic_ullong generation; /* grows by one with each job */
-    atomic_llong next_chunk;
-    atomic_int n_busy;
-    atomic_int n_threads;
+} bw_worker;
+
+static bw_worker workers[BW_MAX_THREADS]; /* 0 is the caller and never used */
+
+static struct {
+    pthread_mutex_t owner; /* held by the thread whose loop is running; guards the fields up to next_chunk */
+    int n_started;         /* workers running, the caller not counted */
     int fork_handler;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
-          .lock = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER,
-          .n_threads = 1};
+    bw_job job;
+    atomic_llong next_chunk;
+    atomic_int n_threads;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .n_threads = 1};
 
 bw_status bw_set_num_threads(int n) {
     if (n < 1 || n > BW_MAX_THREADS) return BW_ERR_ARGUMENT;
@@ -71,45 +75,67 @@ static void run_chunks(const bw_job *job, int worker) {
     }
 }
 
-/* Waits for a job newer than `seen`; spins first, sleeps then. */
-static unsigned long long wait_for_job(unsigned long long seen) {
+static void wait_for_post(bw_worker *w) {
     for (int i = 0; i < BW_SPINS; i++) {
-        if (atomic_load_explicit(&pool.generation, memory_order_acquire) != seen) break;
+        if (atomic_load_explicit(&w->state, memory_order_relaxed) == POSTED) return;
         BW_PAUSE();
     }
-    pthread_mutex_lock(&pool.lock);
-    while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
-    return atomic_load(&pool.generation);
+    pthread_mutex_lock(&w->lock);
+    /* Either the owner sees that the worker sleeps, or the worker sees the post: both are sequentially consistent. */
+    atomic_store(&w->sleeping, 1);
+    while (atomic_load(&w->state) != POSTED) pthread_cond_wait(&w->wake, &w->lock);
+    atomic_store(&w->sleeping, 0);
+    pthread_mutex_unlock(&w->lock);
 }
 
-typedef struct {
-    int worker;
-    unsigned long long seen;
-} bw_start;
-
-static bw_start starts[BW_MAX_THREADS];
-
 static void *worker_main(void *arg) {
-    bw_start start = *(bw_start *)arg;
-    unsigned long long seen = start.seen;
+    bw_worker *w = arg;
     bw_blas_prepare_thread();
     for (;;) {
-        seen = wait_for_job(seen);
-        /* The owner waits for every started worker, so the job stands still while it is read. */
-        if (start.worker < pool.job.n_workers) run_chunks(&pool.job, start.worker);
-        atomic_fetch_sub_explicit(&pool.n_busy, 1, memory_order_release);
+        wait_for_post(w);
+        int posted = POSTED;
+        if (!atomic_compare_exchange_strong(&w->state, &posted, RUNNING)) continue;
+        run_chunks(&pool.job, w->index);
+        atomic_store_explicit(&w->state, IDLE, memory_order_release);
     }
     return NULL;
 }
 
-/* Threads do not survive fork: the child starts with an empty pool and fresh locks. */
+static void post(bw_worker *w) {
+    atomic_store(&w->state, POSTED);
+    if (!atomic_load(&w->sleeping)) return;
+    pthread_mutex_lock(&w->lock);
+    pthread_cond_signal(&w->wake);
+    pthread_mutex_unlock(&w->lock);
+}
+
+/* Takes the job back from a worker that has not begun, or waits for one that has. */
+static void finish(bw_worker *w) {
+    int posted = POSTED;
+    if (atomic_compare_exchange_strong(&w->state, &posted, IDLE)) return;
+    for (int spins = 0; atomic_load_explicit(&w->state, memory_order_acquire) != IDLE; spins++) {
+        if (spins < BW_SPINS) BW_PAUSE();
+        else usleep(20);
+    }
+}
+
+/* Threads do not survive fork: the child starts with an empty pool. */
 static void after_fork_in_child(void) {
     pthread_mutex_init(&pool.owner, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
     pool.n_started = 0;
-    atomic_store(&pool.n_busy, 0);
+}
+
+static int start_worker(int index) {
+    bw_worker *w = &workers[index];
+    pthread_t thread;
+    w->index = index;
+    atomic_store(&w->state, IDLE);
+    atomic_store(&w->sleeping, 0);
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->wake, NULL);
+    if (pthread_create(&thread, NULL, worker_main, w)) return -1;
+    pthread_detach(thread);
+    return 0;
 }
 
 /* Starts workers up to n - 1; fewer run when the system has no more threads to give. They are born with signals
@@ -123,14 +149,7 @@ static void start_workers(int n) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
-    while (pool.n_started < n - 1) {
-        int worker = pool.n_started + 1;
-        starts[worker].worker = worker;
-        starts[worker].seen = atomic_load(&pool.generation);
-        if (pthread_create(&pool.threads[worker], NULL, worker_main, &starts[worker])) break;
-        pthread_detach(pool.threads[worker]);
-        pool.n_started = worker;
-    }
+    while (pool.n_started < n - 1 && !start_worker(pool.n_started + 1)) pool.n_started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -145,17 +164,11 @@ void bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *co
         return;
     }
     start_workers(n_workers);
-    pthread_mutex_lock(&pool.lock);
-    pool.job = (bw_job){fn, context, n_chunks, n_workers};
+    if (n_workers > pool.n_started + 1) n_workers = pool.n_started + 1;
+    pool.job = (bw_job){fn, context, n_chunks};
     atomic_store(&pool.next_chunk, 0);
-    atomic_store(&pool.n_busy, pool.n_started);
-    atomic_fetch_add_explicit(&pool.generation, 1, memory_order_release);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
+    for (int i = 1; i < n_workers; i++) post(&workers[i]);
     run_chunks(&pool.job, 0);
-    for (int spins = 0; atomic_load_explicit(&pool.n_busy, memory_order_acquire) > 0; spins++) {
-        if (spins < BW_SPINS) BW_PAUSE();
-        else usleep(20);
-    }
+    for (int i = 1; i < n_workers; i++) finish(&workers[i]);
     pthread_mutex_unlock(&pool.owner);
 }
