@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MemoryAnalysis", "analyze_memory", "model_bytes", "peak_memory_bytes"]
+__all__ = [
+    "MemoryAnalysis",
+    "analyze_memory",
+    "available_bytes",
+    "model_bytes",
+    "peak_memory_bytes",
+    "resident_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,25 @@ def analyze_memory(model: Any, original: Any = None) -> MemoryAnalysis:
     return MemoryAnalysis(
         sum(now.values()), sum(before.values()), now, before, _by_block(now), _by_block(before), peak_memory_bytes()
     )
+
+
+def resident_bytes() -> int | None:
+    """Resident size of this process now, where the system tells (Linux)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def available_bytes() -> int | None:
+    """Memory that a process can still get without swapping, where the system tells (Linux)."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def peak_memory_bytes() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from bitween import blocks
 from bitween.export.targets import find_target
-from bitween.memory import MemoryAnalysis, analyze_memory, model_bytes
+from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes, model_bytes, resident_bytes
 from bitween.report import QuantizationReport
 from bitween.scheme import Scheme
 
@@ -21,13 +22,15 @@ from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
 from .items import Item, Option, Plan, tie
 from .planner import InfeasibleTarget, frontier, uniform_plans
-from .precision_optimizer import PrecisionOptimizer, Realisation
+from .precision_optimizer import BYTES_A_UNIT, ONE_PASS_BYTES, PrecisionOptimizer, Realisation
 from .scores import KEEP, candidate_schemes, to_items
 from .utils import Progress, budget_nats, check_share, no_progress
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
 PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
+_LOGIT_COPIES = 6  # logits, probabilities, running sums and gradients of one window
+_ALLOCATOR = 1.3  # bytes held for each byte in use, measured
 ON_CONFLICT = ("quality", "memory", "error")
 
 
@@ -135,6 +138,7 @@ class GradualQuantizer:
     def quantize(self) -> Any:
         """Quantize; returns the new model. The model given stays untouched, also when this fails."""
         started = time.monotonic()
+        self._warn_of_memory()
         base, transforms = self._prepare()
         context = self._timed("text", lambda: self._build_context(base))
         analyzer = ImportanceAnalyzer(
@@ -185,7 +189,8 @@ class GradualQuantizer:
         return self._report.memory if self._report else analyze_memory(self.model)
 
     def preflight(self) -> dict[str, Any]:
-        """Sizes before anything is measured: bytes now, at the target, the least reachable; layers left alone."""
+        """Sizes before anything is measured: bytes now, at the target, the least reachable; layers left alone; about
+        the memory that `quantize` will need, and what the system has."""
         least = sum(min(o.nbytes for o in item.options) for item in self._size_items())
         fixed = self._fixed_bytes()
         return {
@@ -197,7 +202,34 @@ class GradualQuantizer:
             "ignored_layers": [x.name for x in self.layout.layers if self._ignored(x)],
             "tied": self.layout.tied,
             "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
+            "memory_needed": self._memory_needed(),
+            "memory_available": available_bytes(),
         }
+
+    def _memory_needed(self) -> int:
+        """About the largest resident size of this process during `quantize`, bytes: what is there now, and on top of it
+        a float32 copy in another basis, the candidate's numbers, every stage's packed layers, one block's activations
+        and the logits of a window, plus what the allocator keeps."""
+        numbers = sum(4 * x.shape[0] * x.shape[1] for x in self.layout.layers)
+        copy = 0 if self._dtype == torch.float32 and self.transforms == "none" else numbers
+        stages = (self.stages + 3) * self._byte_limit
+        widest = max(max(x.shape) for block in self.layout.blocks for x in block.layers)
+        tokens = self.calibration_samples * self.sequence_length
+        activations = min(ONE_PASS_BYTES, tokens * widest * BYTES_A_UNIT)
+        logits = _LOGIT_COPIES * 4 * self.sequence_length * self.layout.head.shape[0]
+        states = 4 * (tokens + self.evaluation_samples * self.sequence_length) * self.layout.embedding.shape[1]
+        extra = copy + numbers + stages + activations + logits + states
+        return (resident_bytes() or 0) + int(_ALLOCATOR * extra)
+
+    def _warn_of_memory(self) -> None:
+        needed, available, resident = self._memory_needed(), available_bytes(), resident_bytes()
+        if available is not None and resident is not None and needed - resident > available:
+            warnings.warn(
+                f"memory: about {needed / 2**30:.1f} GiB needed; {(available + resident) / 2**30:.1f} GiB are there. "
+                "Fewer calibration_samples or a shorter sequence_length need less",
+                ResourceWarning,
+                stacklevel=3,
+            )
 
     # ---- before ----------------------------------------------------------------------------------
 

@@ -28,9 +28,9 @@ __all__ = ["PrecisionOptimizer", "Realisation", "Step"]
 LADDER = (8, 4, 2)
 BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
 GROUP_SIZES = (128, 64, 32, 16)
-_ONE_PASS_BYTES = 1 << 30  # of one block's activations
+ONE_PASS_BYTES = 1 << 30  # of one block's activations
 _TRAINING_TOKENS = 1024
-_BYTES_A_UNIT = 16  # of the widest layer, a token: about four float32 tensors live at once
+BYTES_A_UNIT = 16  # of the widest layer, a token: about four float32 tensors live at once
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class PrecisionOptimizer:
         if training:
             return list(self._windows.split(max(1, _TRAINING_TOKENS // self._windows.shape[1])))
         widest = max(max(layer.shape) for block in self.context.layout.blocks for layer in block.layers)
-        if self._windows.numel() * widest * _BYTES_A_UNIT <= _ONE_PASS_BYTES:
+        if self._windows.numel() * widest * BYTES_A_UNIT <= ONE_PASS_BYTES:
             return [self._windows]
         return list(self.context.batches(self._windows))
 

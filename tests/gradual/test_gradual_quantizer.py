@@ -124,3 +124,18 @@ def test_non_finite_weights_name_the_layer(tiny_model, tiny_tokenizer):
         tiny_model.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
         GradualQuantizer(tiny_model, tiny_tokenizer)
+
+
+def test_memory_is_told_before_the_run(tiny_model, tiny_tokenizer, monkeypatch):
+    from bitween.gradual import gradual_quantizer
+
+    quantizer = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **FAST)
+    sizes = quantizer.preflight()
+    if sizes["memory_available"] is None:
+        pytest.skip("the system does not tell")
+    more = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **{**FAST, "sequence_length": 4096}).preflight()
+    assert sizes["memory_needed"] > 0
+    assert more["memory_needed"] > sizes["memory_needed"]
+    monkeypatch.setattr(gradual_quantizer, "available_bytes", lambda: 1 << 20)
+    with pytest.warns(ResourceWarning, match=r"memory: about .* GiB needed; .* GiB are there"):
+        quantizer._warn_of_memory()

@@ -1,0 +1,209 @@
+"""Where the bits go: whole plans of equal bytes from different scores, all realised by the same quantizer and measured.
+
+    python benchmarks/allocation.py MODEL_DIR --text FILE [--bits 5 4.25 3.5 3] [--rows bitween uniform ...]
+
+All linear layers of the decoder are planned; embedding and head stay as they are and are not counted. "bits" are bytes
+of codes, scales and zeros times 8 over weights. KL (nats a token) and the rise of perplexity are measured on the first
+12 windows of 512 tokens of the text; what is learned comes from its last --windows windows. "predicted" is the damage
+that the plan's own score promises, where it is one in nats.
+
+Rows are merged into results/allocation.json, so that long runs can be split; results/allocation.md shows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bitween
+from bitween import Scheme
+from bitween.calibration import TokenWindows
+from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
+from bitween.gradual.context import GradualContext
+from bitween.gradual.items import Item, Option
+from bitween.gradual.planner import frontier
+from bitween.gradual.scores import candidate_schemes
+
+LENGTH, SCORED = 512, 12
+NAME = "allocation"
+
+
+class Subject:
+    """A model in context: calibration from the end of the text, measurement on its start."""
+
+    def __init__(self, path: str, text: str, windows: int):
+        self.name = Path(path).name
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        ids = tokenizer(text, return_tensors="pt").input_ids[0]
+        cut = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+        context = GradualContext.build(model, tokenizer, calibration_data=cut, length=LENGTH)
+        parts = (("calibration", cut[-windows:]), ("selection", cut[:SCORED]))
+        splits = {split: TokenWindows(ids, torch.arange(len(ids))) for split, ids in parts}
+        context.text = replace(context.text, **splits)
+        self.context = context
+        self.schemes = candidate_schemes()
+        self.analyzer = ImportanceAnalyzer(model, tokenizer, context=context, probe_windows=2)
+        self.layers = [layer for block in context.layout.blocks for layer in block.layers]
+        self.weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        self.optimizers = {
+            method: PrecisionOptimizer(model, tokenizer, method=method, calibration_windows=windows, context=context)
+            for method in ("gptq+refine", "gptq")
+        }
+
+    def limit(self, bits: float) -> int:
+        """Bytes at `bits` a weight."""
+        return int(bits * self.weights / 8)
+
+    def errors(self, schemes, importance=None, rows=None) -> np.ndarray:
+        """Weighted squared error of rounding to nearest on clipped ranges, (layers, schemes)."""
+        found = []
+        for layer in self.layers:
+            columns = torch.ones(layer.shape[1]) if importance is None else importance(layer)
+            found.append(bitween.search(layer.weight, schemes, columns, row_importance=rows and rows(layer)))
+        return np.array(found)
+
+    def items(self, damage: np.ndarray, schemes) -> list[Item]:
+        return [
+            Item(
+                layer.name,
+                tuple(Option(s, s.nbytes(*layer.shape), float(d)) for s, d in zip(schemes, row, strict=True)),
+            )
+            for layer, row in zip(self.layers, damage, strict=True)
+        ]
+
+
+# ---- scores: (subject) -> (damage (layers, schemes), schemes) --------------------------------------
+
+
+def score_bitween(s: Subject, schemes=None):
+    """Fisher times the conditional variance: what GPTQ will leave."""
+    schemes = schemes or s.schemes
+    scores = s.analyzer.predict_damage(schemes)
+    return np.array([scores[layer.name].damage for layer in s.layers]), schemes
+
+
+def score_bits_only(s: Subject):
+    """The same, with groups of 64 for all."""
+    return score_bitween(s, tuple(scheme for scheme in s.schemes if scheme.group_size == 64 and not scheme.symmetric))
+
+
+def score_fisher_rtn(s: Subject):
+    """Elementwise Fisher times the error of rounding, as if nothing compensated it."""
+    s.analyzer.analyze_curvature(elementwise=True)
+    scores = s.analyzer.predict_damage(s.schemes, feedback=False)
+    return np.array([scores[layer.name].damage for layer in s.layers]), s.schemes
+
+
+def score_trace_mse(s: Subject):
+    """One Fisher trace a layer times the mean squared error (PrismaQuant's score)."""
+    curvature = s.analyzer.analyze_curvature(elementwise=True)
+    trace = np.array([curvature[layer.name].elementwise.double().mean().item() for layer in s.layers])
+    return 0.5 * trace[:, None] * s.errors(s.schemes), s.schemes
+
+
+def score_gradient(s: Subject):
+    """Sum of |g dW|, first order (AutoScheme's score), with g the root of the elementwise Fisher."""
+    curvature = s.analyzer.analyze_curvature(elementwise=True)
+    found = np.zeros((len(s.layers), len(s.schemes)))
+    for i, layer in enumerate(s.layers):
+        slope = curvature[layer.name].elementwise.sqrt()
+        for j, scheme in enumerate(s.schemes):
+            wrong = bitween.quantize(layer.weight, scheme).dequantize(torch.float32) - layer.weight
+            found[i, j] = (slope * wrong.abs()).sum().item()
+    return found, s.schemes
+
+
+def score_methods(s: Subject):
+    """The four measured methods, 15/40/20/25 %, by block, times each layer's relative error."""
+    combined = s.analyzer.analyze_block_importance().combined
+    worth = [0.05 + combined[block.name] for block in s.context.layout.blocks for _ in block.layers]
+    size = np.array([layer.weight.square().sum().item() for layer in s.layers])
+    return np.array(worth)[:, None] * s.errors(s.schemes) / size[:, None], s.schemes
+
+
+SCORES = {
+    "bitween": score_bitween,
+    "bits only, groups of 64": score_bits_only,
+    "Fisher x RTN error": score_fisher_rtn,
+    "trace x mean squared error": score_trace_mse,
+    "sum |g dW|": score_gradient,
+    "four measured methods": score_methods,
+}
+IN_NATS = ("bitween", "bits only, groups of 64", "Fisher x RTN error", "trace x mean squared error")
+UNIFORM = {"uniform GPTQ": "gptq", "uniform GPTQ + refinement": "gptq+refine"}
+
+
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def planned(s: Subject, name: str, sizes: list[float]):
+    started = time.monotonic()
+    front = frontier(s.items(*SCORES[name](s)))
+    seconds = time.monotonic() - started
+    for bits in sizes:
+        plan = front.within_bytes(s.limit(bits))
+        yield row(s, name, plan.schemes, plan.damage if name in IN_NATS else None, "gptq+refine", seconds)
+
+
+def uniform(s: Subject, name: str, sizes: list[float]):
+    for bits in sizes:
+        scheme = Scheme(int(bits), 64)
+        yield row(s, name, {layer.name: scheme for layer in s.layers}, None, UNIFORM[name], 0.0)
+
+
+def row(s: Subject, name: str, plan, predicted, method: str, analysis: float) -> dict[str, object]:
+    nbytes = sum(plan[layer.name].nbytes(*layer.shape) for layer in s.layers)
+    realised = s.optimizers[method].realise(plan)
+    measured = realised.measurement
+    return {
+        "model": s.name,
+        "plan": name,
+        "bits": round(8 * nbytes / s.weights, 3),
+        "predicted": predicted,
+        "KL": measured.damage,
+        "perplexity %": 100 * measured.perplexity_increase,
+        "analysis s": round(analysis, 1),
+        "realise s": round(realised.seconds, 1),
+    }
+
+
+def merge(found: dict[str, object], settings: dict[str, object]) -> None:
+    """Put one row into the JSON in place of its like, and write the table."""
+    path = common.RESULTS / f"{NAME}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    key = ("model", "plan", "bits")
+    rows = [r for r in rows if any(r[k] != found[k] for k in key)] + [found]
+    rows.sort(key=lambda r: (r["model"], -r["bits"], r["KL"]))
+    common.save(NAME, rows, **settings)
+    machine = common.machine()
+    facts = ("cpu", "threads", "isa", "blas_core", "date")
+    head = ", ".join(f"{fact.replace('_', ' ')} {machine[fact]}" for fact in facts)
+    (common.RESULTS / f"{NAME}.md").write_text(f"{head}\n\n{common.show(rows)}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory of a causal language model")
+    parser.add_argument("--text", required=True, help="text file")
+    parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 4.25, 3.5, 3.0])
+    parser.add_argument("--rows", nargs="+", default=[*SCORES, *UNIFORM], choices=[*SCORES, *UNIFORM])
+    parser.add_argument("--windows", type=int, default=48, help="of calibration")
+    options = parser.parse_args()
+    subject = Subject(options.model, Path(options.text).read_text(), options.windows)
+    for name in options.rows:
+        for found in (planned if name in SCORES else uniform)(subject, name, options.bits):
+            merge(found, {"windows": options.windows})
+            print(common.show([found]).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
