@@ -16,7 +16,7 @@ SANITIZED = build/sanitize
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize bench clean
+.PHONY: help demo test lint format sanitize soak bench clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian matmul gptq loss search clip))
+
+soak: $(VENV)/bitween.stamp  ## kill and resume 50 runs at random moments and compare their bytes (10 minutes)
+	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed
 
 bench: $(VENV)/bitween.stamp  ## run the benchmarks
 	set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

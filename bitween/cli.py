@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 an error in the input or while working, told in one line; 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,11 +41,16 @@ def quantize(
     export_target: Annotated[str, typer.Option("--for", help="any, vllm or marlin")] = "any",
     dtype: Annotated[str, typer.Option(help="dtype to load the model in: auto, bfloat16, float32")] = "auto",
     seed: Annotated[int, typer.Option(help="same seed, same result")] = 0,
+    resume: Annotated[bool, typer.Option(help="go on where a stopped run of the same inputs left off")] = True,
     dry_run: Annotated[bool, typer.Option(help="only show sizes and the least reachable bytes")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Quantize a model gradually and save it."""
+    """Quantize a model gradually and save it.
+
+    Finished steps are kept in OUTPUT.journal until the model is saved: the same command goes on with a stopped run.
+    """
     _check_output(output)
+    journal = output.with_name(output.name + ".journal")
     from .gradual import GradualQuantizer
     from .progress import ProgressBars
 
@@ -62,15 +68,22 @@ def quantize(
         export_target=export_target,
         seed=seed,
         progress=ProgressBars(),
+        journal=journal,
+        resume=resume,
     )
     if dry_run:
         _show(quantizer.preflight(), as_json)
         return
-    quantized = quantizer.quantize()
+    try:
+        quantized = quantizer.quantize()
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is done is kept in {journal}, and the same command goes on from there", err=True)
+        raise
     report = quantizer.get_quantization_report()
     from .saving import save_model
 
     save_model(quantized, tokenizer, output, report=report.to_dict(), certificate=report.proof)
+    shutil.rmtree(journal)
     typer.echo(report.to_json() if as_json else str(report))
     if report.conflict:
         raise typer.Exit(3)

@@ -135,13 +135,26 @@ class SequentialQuantizer:
         """Quantize block `i` and move the batches past it."""
         step = self._one_pass if len(batches) == 1 else self._staged
         with self.runner, torch.no_grad():
-            if "signround" not in map(self._method_of, self._all_wanted(plan)):
+            if not self._trains(plan):
                 return step(i, plan, batches)
             inputs = list(batches)
-            self._exact = self._exact if self._exact and i else [hidden for hidden, _ in batches]
-            for k, (_, context) in enumerate(batches):
-                self._exact[k] = self.runner.run_block(i, self._exact[k], context)
+            self._move_exact(i, batches)
             return self._train(i, step(i, plan, batches), inputs, batches)
+
+    def take_block(
+        self,
+        i: int,
+        plan: Mapping[str, Scheme | None],
+        batches: list[tuple[torch.Tensor, Context]],
+        stored: Mapping[str, QuantizedTensor],
+    ) -> None:
+        """Put the layers of block `i` as an earlier run left them, and move the batches past it."""
+        with self.runner, torch.no_grad():
+            if self._trains(plan):
+                self._move_exact(i, batches)
+            for name, layer in self._wanted(i, plan).items():
+                self.put(layer, stored[name])
+            self._forward(i, batches)
 
     # ---- two ways through a block ----------------------------------------------------------------
 
@@ -219,8 +232,16 @@ class SequentialQuantizer:
     def _wanted(self, i: int, plan: Mapping[str, Scheme | None]) -> dict[str, Layer]:
         return {x.name: x for x in self.runner.layout.blocks[i].layers if plan.get(x.name) is not None}
 
-    def _all_wanted(self, plan: Mapping[str, Scheme | None]) -> list[Layer]:
-        return [x for block in self.runner.layout.blocks for x in block.layers if plan.get(x.name) is not None]
+    def _trains(self, plan: Mapping[str, Scheme | None]) -> bool:
+        wanted = (x for block in self.runner.layout.blocks for x in block.layers if plan.get(x.name) is not None)
+        return "signround" in map(self._method_of, wanted)
+
+    def _move_exact(self, i: int, batches: list) -> None:
+        """Move the untouched model's hidden states past block `i`, which must not be quantized yet."""
+        if not self._exact or not i:
+            self._exact = [hidden for hidden, _ in batches]
+        for k, (_, context) in enumerate(batches):
+            self._exact[k] = self.runner.run_block(i, self._exact[k], context)
 
     def _method_of(self, layer: Layer) -> str:
         return self.method if isinstance(self.method, str) else self.method[layer.name]

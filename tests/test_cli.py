@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,29 @@ def test_quantize_then_evaluate(tmp_path):
     compared = json.loads(run("evaluate", out, "--reference", MODEL, "--samples", 8, "--json").stdout)
     assert 0 < compared["quality"]["damage"] < 0.2
     assert compared["memory"]["reduction"] >= 0.6
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        "quantize", MODEL, "--output", str(out), "--target-memory-reduction", "0.6", "--max-perplexity-increase", "0.1",
+        "--calibration-samples", "8", "--evaluation-samples", "16",
+    ]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "bitween", *command], env=env, stderr=subprocess.PIPE, text=True)
+    steps = tmp_path / "out.journal" / "steps.jsonl"
+    while not (steps.exists() and steps.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "out.journal, and the same command goes on from there" in errors
+    assert not out.exists()
+    errors = run(*command).stderr
+    assert "Fisher information" not in errors
+    assert out.exists()
+    assert not steps.parent.exists()
 
 
 def test_dry_run_only_tells_sizes(tmp_path):

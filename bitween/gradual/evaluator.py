@@ -8,7 +8,7 @@ small damage, cancels: base + head(h_q - h) + (W_q - W) h.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,7 +134,12 @@ class GradualEvaluator:
         return self._score(self.context.final_states(runner, part.windows), runner, part, 1)[1]
 
     def certify(
-        self, candidate: Any, max_perplexity_increase: float, *, confidence: float = 0.95
+        self,
+        candidate: Any,
+        max_perplexity_increase: float,
+        *,
+        confidence: float = 0.95,
+        keep: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda _, work: work(),
     ) -> certificate.Certificate:
         """Prove on held-out documents that a candidate's perplexity increase is within the budget.
 
@@ -143,14 +148,19 @@ class GradualEvaluator:
         candidate : model, or a BlockRunner over one
         max_perplexity_increase : relative, 0.05 = 5 %
         confidence : one-sided
+        keep : called with a name and the work that measures some windows; returns its result, or that of an earlier run
 
         Returns
         -------
         certificate.Certificate; text is drawn in a few looks until the answer is clear or the text ends.
         """
         text = self.context.text.certification
+
+        def measure(first: int, last: int) -> np.ndarray:
+            return self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1)
+
         return certificate.certify(
-            lambda first, last: self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1),
+            lambda first, last: keep(f"windows {first} to {last}", lambda: measure(first, last)),
             [text.ids.shape[1] - 1] * len(text.ids),
             text.document.numpy(),
             budget=budget_nats(max_perplexity_increase),

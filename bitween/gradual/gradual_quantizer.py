@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,10 @@ from .context import GradualContext
 from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
 from .items import Item, Option, Plan, tie
+from .journal import Journal, NullJournal, identity_of
 from .planner import InfeasibleTarget, frontier, uniform_plans
 from .precision_optimizer import BYTES_A_UNIT, ONE_PASS_BYTES, PrecisionOptimizer, Realisation
+from .recorded import Recorder
 from .scores import KEEP, candidate_schemes, to_items
 from .utils import Progress, budget_nats, check_share, no_progress
 
@@ -69,6 +72,10 @@ class GradualQuantizer:
     certify : prove the budget on held-out text
     seed : of everything random; the same seed gives the same result
     progress : called with (stage, done, total, message)
+    journal : directory, optional
+        Every finished step (scores, block, stage, decision) is on the disk at once, so that a run that was stopped goes
+        on there and ends bit for bit as an uninterrupted one. Made when missing; yours to remove afterwards.
+    resume : False starts over what the journal holds
 
     Raises
     ------
@@ -100,6 +107,8 @@ class GradualQuantizer:
         sequence_length: int = 512,
         stages: int = 3,
         progress: Progress = no_progress,
+        journal: str | os.PathLike | None = None,
+        resume: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.target_memory_reduction = check_share("target_memory_reduction", target_memory_reduction)
@@ -121,6 +130,7 @@ class GradualQuantizer:
         self.calibration_data, self.on_conflict = calibration_data, on_conflict
         self.target, self.method, self.transforms = find_target(export_target), method, transforms
         self.seed, self.progress = int(seed), progress
+        self.journal, self.resume = journal, resume
         self.measure_importance, self.certify = importance, certify
         self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
@@ -136,34 +146,37 @@ class GradualQuantizer:
     # ---- public ----------------------------------------------------------------------------------
 
     def quantize(self) -> Any:
-        """Quantize; returns the new model. The model given stays untouched, also when this fails."""
+        """Quantize; returns the new model. The model given stays untouched, also when this fails.
+
+        Raises
+        ------
+        JournalError, JournalMismatch
+            The journal can't be used, or is of a run with other inputs; the message says what differs.
+        """
         started = time.monotonic()
         self._warn_of_memory()
         base, transforms = self._prepare()
         context = self._timed("text", lambda: self._build_context(base))
-        analyzer = ImportanceAnalyzer(
-            base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
-        )
-        curvature = self._timed("curvature", analyzer.analyze_curvature)
-        scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
-        importance = self._timed("importance", analyzer.analyze_block_importance) if self.measure_importance else None
-        optimizer = PrecisionOptimizer(
-            base,
-            self.tokenizer,
-            method=self.method,
-            importance=_column_importance(context, curvature),
-            calibration_windows=self.calibration_samples,
-            context=context,
-            progress=self.progress,
-        )
-        front = frontier(self._items(to_items(scores), context))
-        descent = Descent(front, self._realiser(optimizer), self.budget, self.safety_multiplier)
-        chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
-        chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
-        proof = None
-        if self.certify:
-            prove = partial(self._prove, chosen, conflict, descent, optimizer)
-            chosen, proof, conflict = self._timed("certificate", prove)
+        with self._open_journal(context) as journal:
+            recorder = Recorder(journal, context.layout)
+            scores, moment, importance = self._analyze(base, context, recorder)
+            optimizer = PrecisionOptimizer(
+                base,
+                self.tokenizer,
+                method=self.method,
+                importance={} if moment is None else {context.layout.embedding.name: torch.from_numpy(moment)},
+                calibration_windows=self.calibration_samples,
+                context=context,
+                progress=self.progress,
+            )
+            front = frontier(self._items(to_items(scores), context))
+            descent = Descent(front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier)
+            chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
+            chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
+            proof = None
+            if self.certify:
+                prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
+                chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
         model = optimizer.candidate.install(self._dtype)
         self._seconds["total"] = time.monotonic() - started
@@ -304,11 +317,39 @@ class GradualQuantizer:
             progress=self.progress,
         )
 
+    def _open_journal(self, context: GradualContext) -> NullJournal:
+        if self.journal is None:
+            return NullJournal()
+        names = ("target_memory_reduction", "max_perplexity_increase", "safety_multiplier", "calibration_samples")
+        names += ("evaluation_samples", "sequence_length", "stages", "on_conflict", "method", "transforms", "seed")
+        names += ("measure_importance", "certify", "confidence", "ignore_layers", "schemes")
+        options = {name: getattr(self, name) for name in names} | {"export_target": self.target.name}
+        text = {split: getattr(context.text, split).ids for split in ("calibration", "selection", "certification")}
+        return Journal.open(self.journal, identity_of(self.model, text, options), self.resume)
+
+    def _analyze(self, base: Any, context: GradualContext, recorder: Recorder) -> tuple[dict, Any, Any]:
+        """Scores of every layer, the embedding's column weights, the importance report if wanted."""
+        analyzer = ImportanceAnalyzer(
+            base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
+        )
+
+        def work() -> tuple[dict, Any]:
+            curvature = self._timed("curvature", analyzer.analyze_curvature)
+            scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
+            return scores, curvature[context.layout.embedding.name].moment
+
+        scores, moment = recorder.scores(self.schemes, work)
+        if not self.measure_importance:
+            return scores, moment, None
+        return scores, moment, self._timed("importance", lambda: recorder.importance(analyzer.analyze_block_importance))
+
     # ---- the descent -----------------------------------------------------------------------------
 
-    def _realiser(self, optimizer: PrecisionOptimizer):
+    def _realiser(self, optimizer: PrecisionOptimizer, recorder: Recorder):
         def realise(name: str, plan: Plan) -> Realisation:
-            return optimizer.realise(plan.schemes, stage=name)
+            found = optimizer.realise(plan.schemes, stage=name, recorder=recorder)
+            recorder.decision(f"stage {name}", {"nbytes": plan.nbytes, "damage": str(found.measurement.damage)})
+            return found
 
         return realise
 
@@ -356,7 +397,12 @@ class GradualQuantizer:
         return (stage if better else chosen), {"scheme": str(key), **stage.to_dict(), "text": text}
 
     def _prove(
-        self, chosen: Stage, conflict: str | None, descent: Descent, optimizer: PrecisionOptimizer
+        self,
+        chosen: Stage,
+        conflict: str | None,
+        descent: Descent,
+        optimizer: PrecisionOptimizer,
+        recorder: Recorder,
     ) -> tuple[Stage, Any, str | None]:
         """Test from a safer stage to the chosen one on held-out text; what fails is not returned as proven.
 
@@ -368,7 +414,10 @@ class GradualQuantizer:
         for stage in sequence:
             optimizer.restore(stage.realisation)
             last = optimizer.evaluator.certify(
-                optimizer.runner, self.max_perplexity_increase, confidence=self.confidence
+                optimizer.runner,
+                self.max_perplexity_increase,
+                confidence=self.confidence,
+                keep=recorder.plan(stage.realisation.plan).array,
             )
             if last.verdict != "accepted":
                 break
@@ -425,13 +474,6 @@ class GradualQuantizer:
             return work()
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
-
-
-def _column_importance(context: GradualContext, curvature: Mapping) -> dict[str, Any]:
-    """Column weights for the one layer that has no Hessian of its own, the embedding."""
-    name = context.layout.embedding.name
-    moment = curvature[name].moment
-    return {} if moment is None else {name: torch.from_numpy(moment).float()}
 
 
 def _stages(descent: Descent) -> list[dict[str, Any]]:

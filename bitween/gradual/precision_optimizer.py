@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,9 @@ from bitween.signround import train_block
 from .candidate import Candidate
 from .context import GradualContext
 from .evaluator import GradualEvaluator, Measurement
+from .journal import NullJournal
 from .probe import Probe
+from .recorded import PlanSteps, Recorder
 from .utils import Progress, no_progress
 
 __all__ = ["PrecisionOptimizer", "Realisation", "Step"]
@@ -128,17 +130,36 @@ class PrecisionOptimizer:
     # ---- whole plans -----------------------------------------------------------------------------
 
     def realise(
-        self, plan: Mapping[str, Scheme | None], *, stage: str = "quantizing", measure: bool = True
+        self,
+        plan: Mapping[str, Scheme | None],
+        *,
+        stage: str = "quantizing",
+        measure: bool = True,
+        recorder: Recorder | None = None,
     ) -> Realisation:
         """Quantize every layer of the plan in the order of execution and measure the result.
 
         Each block's Hessians come from the blocks before it as quantized. Layers that the plan
-        leaves out, or gives None, keep their original weight.
+        leaves out, or gives None, keep their original weight. What `recorder` holds from an earlier run is taken over.
         """
         started = time.monotonic()
         layout = self.context.layout
         self._check_plan(plan)
+        steps = (recorder or Recorder(NullJournal(), layout)).plan(plan)
         self.candidate.restore_all()
+        if (rest := steps.part("rest")) is not None:  # then every block was finished too
+            for part in (rest, *(steps.part(f"block {i}") for i in range(len(layout.blocks)))):
+                for name, tensor in part.items():
+                    self.candidate.put(layout.layer(name), tensor)
+        else:
+            self._quantize_all(plan, stage, steps)
+        measurement = steps.measurement(lambda: self.evaluator.measure(self.runner)) if measure else None
+        stored = dict(self.candidate.stored)
+        nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
+        return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
+
+    def _quantize_all(self, plan: Mapping[str, Scheme | None], stage: str, steps: PlanSteps) -> None:
+        layout = self.context.layout
         for layer in (layout.embedding, *layout.others):
             if plan.get(layer.name) is not None:
                 self._quantize(layer, plan[layer.name], None)
@@ -148,14 +169,20 @@ class PrecisionOptimizer:
             batches = [runner.embed(part) for part in self._batches("signround" in methods.values())]
             quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put)
             for i, block in enumerate(layout.blocks):
-                quantizer.run_block(i, plan, batches)
+                part = steps.part(f"block {i}")
+                if part is None:
+                    quantizer.run_block(i, plan, batches)
+                    steps.put_part(f"block {i}", self._stored_of(block.layers))
+                else:
+                    quantizer.take_block(i, plan, batches, part)
                 self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
             self._quantize_head(plan, [hidden for hidden, _ in batches])
+        in_blocks = {layer.name for block in layout.blocks for layer in block.layers}
+        steps.put_part("rest", self._stored_of(x for x in layout.layers if x.name not in in_blocks))
         self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
-        measurement = self.evaluator.measure(self.runner) if measure else None
-        stored = dict(self.candidate.stored)
-        nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
-        return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
+
+    def _stored_of(self, layers: Iterable[blocks.Layer]) -> dict[str, QuantizedTensor]:
+        return {x.name: self.candidate.stored[x.name] for x in layers if x.name in self.candidate.stored}
 
     def restore(self, realisation: Realisation) -> None:
         """Put the candidate back into the state that a realisation left, bit for bit."""
