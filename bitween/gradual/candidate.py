@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Candidate:
         self.original = layout
         self.model = shared_copy(original)
         self.stored: dict[str, QuantizedTensor] = {}
+        self._gains: dict[str, torch.nn.Parameter] = {}  # of norms that hold others now: what they held
         self._modules = {name: self.model.get_submodule(name) for x in layout.layers for name in (x.name, *x.shared)}
 
     def put(self, layer: blocks.Layer, tensor: QuantizedTensor) -> None:
@@ -53,8 +55,18 @@ class Candidate:
             self._modules[name].weight = layer.module.weight
         self.stored.pop(layer.name, None)
 
+    def put_gains(self, gains: Mapping[str, torch.Tensor]) -> None:
+        """Let norms, by name, compute with other gains."""
+        for name, gain in gains.items():
+            module = self.model.get_submodule(name)
+            self._gains.setdefault(name, module.weight)
+            module.weight = torch.nn.Parameter(gain.to(module.weight.dtype), requires_grad=False)
+
     def restore_all(self) -> None:
-        """Give every layer its original weight back."""
+        """Give every layer and every norm its original weight back."""
+        for name, weight in self._gains.items():
+            self.model.get_submodule(name).weight = weight
+        self._gains.clear()
         for layer in self.original.layers:
             if layer.name in self.stored:
                 self.restore(layer)

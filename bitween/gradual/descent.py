@@ -75,7 +75,7 @@ class Descent:
         self.stages: list[Stage] = []
         self.model = DamageModel()
         self.floor = 0.0  # nats that any change causes, however small: rounding inside the products falls differently
-        self._sums: list[float] = []  # of single damages, one a stage
+        self._pairs: list[tuple[float, float]] = []  # sum of single damages, measured damage of the whole
 
     def predicted(self, plan: Plan) -> float:
         """Damage of a plan as a whole, corrected by the stages so far; nats per token."""
@@ -103,14 +103,21 @@ class Descent:
     def try_plan(self, name: str, plan: Plan) -> Stage:
         """Realise and measure one plan, and learn from it."""
         predicted = self.predicted(plan)
-        realisation = self._realise(name, plan)
+        stage = self._judged(name, plan.nbytes, predicted, self._realise(name, plan))
+        self._pairs.append((plan.damage, stage.damage))
+        self._learn()
+        return stage
+
+    def add(self, name: str, realisation: Realisation, like: Stage) -> Stage:
+        """List a stage that was made from another one of the same plan; predictions learn nothing from it."""
+        return self._judged(name, like.nbytes, like.predicted, realisation)
+
+    def _judged(self, name: str, nbytes: int, predicted: float, realisation: Realisation) -> Stage:
         quality = realisation.measurement
         increase = math.log1p(quality.perplexity_increase) if quality.perplexity_increase > -1 else -math.inf
         accepted = math.isfinite(quality.damage) and increase <= self.budget
-        stage = Stage(name, plan.nbytes, predicted, quality.damage, increase, accepted, realisation)
+        stage = Stage(name, nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)
-        self._sums.append(plan.damage)
-        self._learn()
         return stage
 
     def smallest_within_budget(self, least: int) -> Stage | None:
@@ -137,11 +144,7 @@ class Descent:
         return int(np.clip(nbytes, lowest, top)) if lowest < top else None
 
     def _learn(self) -> None:
-        pairs = [
-            (total, stage.damage)
-            for total, stage in zip(self._sums, self.stages, strict=True)
-            if total > 0 and 0 < stage.damage < math.inf
-        ]
+        pairs = [(total, damage) for total, damage in self._pairs if total > 0 and 0 < damage < math.inf]
         if pairs:
             self.floor = max(0.0, min(damage - total for total, damage in pairs))
             self.model = recalibrate([p for p, _ in pairs], [r - self.floor for _, r in pairs])

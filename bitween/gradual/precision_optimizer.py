@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 import bitween
 from bitween import blocks
+from bitween.distillation import distill, rescaled
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 from bitween.sequential import SequentialQuantizer
@@ -72,6 +73,7 @@ class Realisation:
     nbytes : of all layers, quantized or not
     seconds : spent
     measurement : on the selection text, None when it was not wanted
+    gains : {norm name: gains} that distillation changed
     """
 
     plan: dict[str, Scheme | None]
@@ -79,6 +81,7 @@ class Realisation:
     nbytes: int
     seconds: float
     measurement: Measurement | None
+    gains: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
 class PrecisionOptimizer:
@@ -158,6 +161,23 @@ class PrecisionOptimizer:
         nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
         return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
 
+    def _learn_correction(self, realisation: Realisation, steps: int) -> dict[str, np.ndarray]:
+        windows = self._windows[:steps]
+
+        def reference(i: int) -> tuple[torch.Tensor, Any]:
+            states = self.context.reference("calibration", slice(i, i + 1)).final[0]
+            return states, self.context.reference_logits
+
+        def progress(done: int, loss: float) -> None:
+            self.progress("distillation", done, steps, f"{loss:.4f} nats")
+
+        layers = [self.runner.layout.layer(name) for name in realisation.stored]
+        found = distill(self.runner, layers, windows, reference, steps=steps, progress=progress)
+        named = {f"rows {name}": x for name, x in found.rows.items()} | {
+            f"gains {n}": x for n, x in found.gains.items()
+        }
+        return {key: values.numpy() for key, values in named.items()}
+
     def _quantize_all(self, plan: Mapping[str, Scheme | None], stage: str, steps: PlanSteps) -> None:
         layout = self.context.layout
         for layer in (layout.embedding, *layout.others):
@@ -189,6 +209,30 @@ class PrecisionOptimizer:
         self.candidate.restore_all()
         for name, tensor in realisation.stored.items():
             self.candidate.put(self.context.layout.layer(name), tensor)
+        self.candidate.put_gains(realisation.gains)
+
+    def distill(self, realisation: Realisation, steps: int, recorder: Recorder | None = None) -> Realisation:
+        """The same codes with row scales and norm gains that bring the whole model nearer to the original.
+
+        Trained on the calibration text, measured like any other realisation; see `bitween.distillation`.
+        """
+        started = time.monotonic()
+        layout = self.context.layout
+        record = (recorder or Recorder(NullJournal(), layout)).plan(realisation.plan)
+        self.restore(realisation)
+        learned = record.arrays(f"distilled in {steps}", lambda: self._learn_correction(realisation, steps))
+        stored, gains = dict(realisation.stored), {}
+        for key, values in learned.items():
+            kind, _, name = key.partition(" ")
+            if kind == "rows":
+                stored[name] = rescaled(stored[name], torch.from_numpy(values))
+                self.candidate.put(layout.layer(name), stored[name])
+            else:
+                gains[name] = torch.from_numpy(values)
+        self.candidate.put_gains(gains)
+        measurement = record.measurement(lambda: self.evaluator.measure(self.runner), f"measured, distilled in {steps}")
+        seconds = realisation.seconds + time.monotonic() - started
+        return replace(realisation, stored=stored, gains=gains, measurement=measurement, seconds=seconds)
 
     def _batches(self, training: bool) -> list[torch.Tensor]:
         """All windows at once where a block's activations are small: then each block runs once, not once a group.

@@ -125,15 +125,19 @@ class PlanSteps:
                 arrays[f"{layer}.zeros"] = np.asarray(tensor.zeros)
         self._recorder.journal.put(f"{self._key}: {name}", {"layers": list(stored)}, arrays or None)
 
-    def measurement(self, work: Callable[[], Measurement]) -> Measurement:
+    def measurement(self, work: Callable[[], Measurement], name: str = "measured") -> Measurement:
         """How the plan as a whole did on the selection text."""
-        values = self.array("measured", lambda: np.array(astuple(work()), np.float64)).tolist()
+        values = self.array(name, lambda: np.array(astuple(work()), np.float64)).tolist()
         return Measurement(*values[:-1], tokens=int(values[-1]))
 
     def array(self, name: str, work: Callable[[], np.ndarray]) -> np.ndarray:
         """One array of numbers that belongs to the plan."""
+        return self.arrays(name, lambda: {"values": work()})["values"]
+
+    def arrays(self, name: str, work: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays that belong to the plan, by name."""
         record, arrays = self._recorder._find(f"{self._key}: {name}")
         if record is None:
-            arrays = {"values": np.ascontiguousarray(work())}
+            arrays = {key: np.ascontiguousarray(values) for key, values in work().items()}
             self._recorder.journal.put(f"{self._key}: {name}", {}, arrays)
-        return arrays["values"]
+        return arrays

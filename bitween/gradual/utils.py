@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Progress", "budget_nats", "check_share", "no_progress", "perplexity_increase", "replaced_weights"]
+__all__ = [
+    "Progress",
+    "budget_nats",
+    "check_at_least",
+    "check_share",
+    "no_progress",
+    "perplexity_increase",
+    "replaced_weights",
+]
 
 # Called with (stage, done, total, message); done and total count the stage's steps.
 Progress = Callable[[str, int, int, str], None]
@@ -55,3 +63,12 @@ def replaced_weights(weights: Mapping[torch.nn.Module, torch.Tensor]) -> Iterato
     finally:
         for module, original in originals.items():
             module.weight.data = original
+
+
+def check_at_least(name: str, value: Any, least: float) -> float:
+    """A number >= `least`, or the error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {value!r}")
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least:g}; got {value!r}")
+    return value
