@@ -8,6 +8,7 @@ Neither costs a byte, and no gradient of a weight matrix is ever needed, so a st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from .quantized_tensor import QuantizedTensor
 
 __all__ = ["Correction", "distill", "rescaled"]
 
-_PACE = 2e-3  # of Adam, relative: factors and gains are near 1
+# Adam's pace, relative (factors and gains are near 1). What has to be corrected grows like the square root of the
+# damage: 2e-3 is best at 3 bits (.37 nats) and makes 5 bits (.02) worse, where 2.5e-4 still helps.
+_PACE, _FASTEST = 3.4e-3, 2e-3
 _WARM_UP = 4  # steps
 _HEAD_TOKENS = 256  # positions whose logits are held at once
 _LARGEST = 1.5  # of a factor, and its inverse
@@ -75,9 +78,8 @@ def distill(
     rows = {x.name: torch.ones(x.shape[0], requires_grad=True) for x in layers if _has_no_bias(x)}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
     gains = {name: module.weight.detach().float().clone().requires_grad_() for name, module in norms.items()}
-    optimizer = torch.optim.Adam([*rows.values(), *gains.values()], lr=_PACE, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / _WARM_UP) * (1 - k / steps))
-    losses = []
+    optimizer = torch.optim.Adam([*rows.values(), *gains.values()], lr=1.0, betas=(0.9, 0.95))
+    losses: list[float] = []
     with ExitStack() as undo, runner:
         for layer in layers:
             if layer.name in rows:
@@ -89,9 +91,10 @@ def distill(
             module.__dict__["weight"] = gains[name]
         for k in range(steps):
             losses.append(_backward(runner, windows[k % len(windows)], *reference(k % len(windows))))
+            for group in optimizer.param_groups:
+                group["lr"] = _pace(losses[0]) * min(1, (k + 1) / _WARM_UP) * (1 - k / steps)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             with torch.no_grad():
                 for factors in rows.values():
                     factors.clamp_(1 / _LARGEST, _LARGEST)
@@ -99,6 +102,10 @@ def distill(
     # Rounded so that a model in any 16-bit dtype holds the very gains that were measured.
     rounded = {name: gain.detach().bfloat16().float() for name, gain in gains.items()}
     return Correction({name: factors.detach() for name, factors in rows.items()}, rounded, tuple(losses))
+
+
+def _pace(damage: float) -> float:
+    return min(_FASTEST, _PACE * math.sqrt(max(damage, 0.0)))
 
 
 def _has_no_bias(layer: Layer) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["atomic_directory", "atomic_write", "check_space", "sweep"]
+__all__ = ["atomic_directory", "atomic_path", "atomic_write", "check_space", "sweep"]
 
 _PREFIX, _SUFFIX = ".bitween-", ".tmp"
 
@@ -53,6 +53,33 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _explained(error, path, n_bytes, n_wanted) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """`atomic_write` for libraries that open their file by name: yields a temporary path beside `path` to write to.
+
+    Raises
+    ------
+    OSError
+        as `atomic_write`; when the block raises, what stood at `path` is unchanged and the temporary is gone.
+    """
+    path = Path(path)
+    temporary, descriptor = _new_temporary(path, _open_new)
+    try:
+        yield temporary
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        n_bytes = os.fstat(descriptor).st_size
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path, n_bytes, None) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -16,7 +16,7 @@ from .functional import quantize
 from .quantized_tensor import QuantizedTensor, as_input, mode_number
 from .scheme import Scheme
 
-__all__ = ["QuantizedEmbedding", "QuantizedLinear", "set_matmul_mode"]
+__all__ = ["QuantizedEmbedding", "QuantizedLinear", "packed_layers", "set_matmul_mode"]
 
 _BACKWARD_WEIGHTS = 1 << 22  # weights that one step of the backward pass unpacks: 16 MiB as fp32
 
@@ -319,6 +319,11 @@ def _empty_stored(rows: int, cols: int, scheme: Scheme, device: Any) -> Quantize
     scales = torch.ones(rows, sizes["n_groups"], dtype=torch.float16, device=device)
     zeros = None if scheme.symmetric else torch.zeros(rows, sizes["row_zero_bytes"], dtype=torch.uint8, device=device)
     return QuantizedTensor(codes, scales, zeros, scheme, (rows, cols))
+
+
+def packed_layers(model: nn.Module) -> list[tuple[str, QuantizedLinear | QuantizedEmbedding]]:
+    """(name, module) of every packed layer of a model, in its order."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))]
 
 
 def set_matmul_mode(model: nn.Module, mode: str) -> int:

@@ -92,3 +92,57 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_shows_what_any_target_would_cost():
+    found = json.loads(run("plan", MODEL, "--calibration-samples", 4, "--json").stdout)
+    sizes, damage = zip(*found["frontier"], strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(damage) == sorted(damage, reverse=True)
+    assert sizes[0] <= found["nbytes"] <= sizes[-1]
+    assert "lm_head" in found["plan"]
+    text = run("plan", MODEL, "--calibration-samples", 4, "--target-memory-reduction", 0.7).stdout
+    assert "at 70.0% saved:" in text
+
+
+def test_analyze_ranks_blocks():
+    found = json.loads(run("analyze", MODEL, "--json").stdout)
+    assert set(found["damage"]) == {"noise_injection", "rtn_sensitivity", "block_disable", "layer_upgrade"}
+    assert set(found["combined"]) == {"model.layers.0", "model.layers.1", "model.layers.2", "model.layers.3"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small quantized model with a report, as the command line leaves it."""
+    out = tmp_path_factory.mktemp("saved") / "out"
+    run(
+        "quantize", MODEL, "--output", out, "--target-memory-reduction", 0.6, "--max-perplexity-increase", 0.1,
+        "--calibration-samples", 8, "--evaluation-samples", 16, "--for", "gguf",
+    )  # fmt: skip
+    return out
+
+
+def test_export_to_gguf_and_evaluate_the_file(saved, tmp_path):
+    file = tmp_path / "model.gguf"
+    done = json.loads(run("export", saved, "--output", file, "--format", "gguf", "--exact", "--json").stdout)
+    assert done["bytes"] == file.stat().st_size
+    compared = json.loads(run("evaluate", file, "--reference", MODEL, "--samples", 4, "--json").stdout)
+    ours = json.loads(run("evaluate", saved, "--reference", MODEL, "--samples", 4, "--json").stdout)
+    assert compared["quality"]["damage"] == pytest.approx(ours["quality"]["damage"], rel=0.05)
+
+
+def test_export_refuses_an_unknown_format_and_what_does_not_fit(saved, tmp_path):
+    assert (
+        "expected one of compressed-tensors"
+        in run("export", saved, "--output", tmp_path / "x", "--format", "pickle", code=1).stderr
+    )
+    assert "plan with" in run("export", saved, "--output", tmp_path / "x", "--format", "auto-round", code=1).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_becomes_a_page(saved, tmp_path):
+    done = run("report", saved, "--output", tmp_path / "report.html")
+    assert done.stdout.strip() == str(tmp_path / "report.html")
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert json.loads(run("report", saved, "--json").stdout)["schema_version"] == 1
+    assert "bitween.json" in run("report", MODEL, code=1).stderr

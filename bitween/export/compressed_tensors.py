@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import CheckpointError, TensorFiles
-from ..layers import QuantizedEmbedding, QuantizedLinear
+from ..layers import QuantizedEmbedding, packed_layers
 from ..scheme import Scheme
 
 __all__ = ["config", "plan_from_config", "reasons", "state_dict", "supports", "tensors_from"]
@@ -38,7 +38,7 @@ def supports(scheme: Scheme, shape: tuple[int, int]) -> str | None:
 def reasons(model: nn.Module) -> dict[str, str]:
     """{layer: why the format cannot hold it} of a quantized model; empty when all fits."""
     found = {}
-    for name, module in _packed(model):
+    for name, module in packed_layers(model):
         if isinstance(module, QuantizedEmbedding):
             found[name] = "an embedding; it holds linear layers"
         elif "codes" not in module._buffers:
@@ -55,7 +55,7 @@ def reasons(model: nn.Module) -> dict[str, str]:
 def config(model: nn.Module) -> dict[str, Any]:
     """The `quantization_config` of a quantized model: one group of layers for each scheme."""
     groups: dict[Scheme, list[str]] = {}
-    for name, module in _packed(model):
+    for name, module in packed_layers(model):
         groups.setdefault(module.scheme, []).append(name)
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     return {
@@ -79,7 +79,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors under the names and shapes of the format. Codes and scales are views, not copies."""
     state = model.state_dict()
-    for name, module in _packed(model):
+    for name, module in packed_layers(model):
         codes = state.pop(f"{name}.codes")
         state[f"{name}.weight_packed"] = codes.view(torch.int32)
         state[f"{name}.weight_scale"] = state.pop(f"{name}.scales")
@@ -184,7 +184,3 @@ def _half(files: TensorFiles, name: str) -> torch.Tensor:
     if not scales.is_floating_point() or not torch.equal(half.double(), scales.double()):
         raise files.error("expected scales that 16 bits hold exactly", name)
     return half
-
-
-def _packed(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))]

@@ -18,12 +18,14 @@ class Target:
     ----------
     name : as options spell it
     runs : whether it has a kernel for a scheme
+    fits : whether it can hold a (rows, cols) matrix under a scheme that it runs
     fuses : layers that read one tensor (q, k, v; gate, up) become one there and must share a scheme
     embeddings : whether the word embedding may be quantized
     """
 
     name: str
     runs: Callable[[Scheme], bool]
+    fits: Callable[[Scheme, tuple[int, int]], bool] = lambda scheme, shape: True
     fuses: bool = False
     embeddings: bool = True
 
@@ -36,12 +38,34 @@ def _marlin(scheme: Scheme) -> bool:
     return scheme.symmetric and scheme.bits in (4, 8) and scheme.group_size in (-1, 32, 64, 128)
 
 
+def _gguf(scheme: Scheme) -> bool:
+    return scheme.group_size != 16 and (scheme.symmetric or scheme.levels < 256)
+
+
+def _auto_round(scheme: Scheme) -> bool:
+    return scheme.bits in (2, 3, 4, 5, 6, 8)
+
+
+def _whole_groups(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return scheme.group_size == -1 or shape[1] % scheme.group_size == 0
+
+
+def _blocks_of_32(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return shape[1] % 32 == 0
+
+
+def _tiles_of_32(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return shape[0] % 32 == 0 and shape[1] % 32 == 0 and _whole_groups(scheme, shape)
+
+
 TARGETS = {
     target.name: target
     for target in (
         Target("any", lambda scheme: True),
-        Target("vllm", _vllm, fuses=True, embeddings=False),
-        Target("marlin", _marlin, fuses=True, embeddings=False),
+        Target("vllm", _vllm, _whole_groups, fuses=True, embeddings=False),
+        Target("marlin", _marlin, _whole_groups, fuses=True, embeddings=False),
+        Target("gguf", _gguf, _blocks_of_32),
+        Target("auto-round", _auto_round, _tiles_of_32, embeddings=False),
     )
 }
 

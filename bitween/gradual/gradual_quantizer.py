@@ -23,7 +23,7 @@ from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
 from .items import Item, Option, Plan, tie
 from .journal import Journal, NullJournal, identity_of
-from .planner import InfeasibleTarget, frontier, uniform_plans
+from .planner import Frontier, InfeasibleTarget, frontier, uniform_plans
 from .precision_optimizer import BYTES_A_UNIT, ONE_PASS_BYTES, PrecisionOptimizer, Realisation
 from .recorded import PlanSteps, Recorder
 from .scores import KEEP, candidate_schemes, to_items
@@ -62,8 +62,8 @@ class GradualQuantizer:
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
-    export_target : "any", "vllm" or "marlin": only schemes that this target runs are considered, and layers that it
-        fuses share one
+    export_target : "any", "vllm", "marlin", "gguf" or "auto-round": only schemes that this target runs are considered,
+        and layers that it fuses share one
     schemes : candidates, default 2 to 8 bits, groups of 32 to 128, symmetric and not
     method : quantizer of layers below 8 bits
     transforms : "auto" rotates and folds where the architecture allows it, "none" leaves the weights' basis alone
@@ -191,6 +191,24 @@ class GradualQuantizer:
         model.bitween_report = self._report
         return model
 
+    def plan(self) -> tuple[Frontier, Plan]:
+        """What `quantize` would begin with, predicted from curvature alone; no layer is quantized.
+
+        Returns
+        -------
+        The frontier, which answers any other target of the same model at once (`within_bytes`, `within_damage`; its
+        bytes are those of the layers), and the plan of least damage at the memory target.
+        """
+        base, _ = self._prepare()
+        context = self._timed("text", lambda: self._build_context(base))
+        analyzer = ImportanceAnalyzer(
+            base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
+        )
+        self._timed("curvature", analyzer.analyze_curvature)
+        scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
+        front = frontier(self._items(to_items(scores), context))
+        return front, front.within_bytes(self._layer_limit())
+
     @property
     def budget(self) -> float:
         """ln(1 + max_perplexity_increase), nats per token."""
@@ -278,7 +296,8 @@ class GradualQuantizer:
         for layer in self.layout.layers:
             options = [Option(KEEP, layer.nbytes, 0.0)]
             if not self._ignored(layer):
-                options += [Option(scheme, scheme.nbytes(*layer.shape), 1.0) for scheme in self.schemes]
+                fitting = [scheme for scheme in self.schemes if self.target.fits(scheme, layer.shape)]
+                options += [Option(scheme, scheme.nbytes(*layer.shape), 1.0) for scheme in fitting]
             items.append(Item(layer.name, tuple(options)))
         return items
 
@@ -288,7 +307,10 @@ class GradualQuantizer:
         for item in items:
             layer = self.layout.layer(item.name)
             kept = layer.shape[0] * layer.shape[1] * self._dtype.itemsize
-            options = [o for o in item.options if o.key is not KEEP and not self._ignored(layer)]
+            allowed = not self._ignored(layer)
+            options = [
+                o for o in item.options if o.key is not KEEP and allowed and self.target.fits(o.key, layer.shape)
+            ]
             found.append(Item(item.name, (*options, Option(KEEP, kept, 0.0))))
         if not self.target.fuses:
             return found

@@ -107,7 +107,11 @@ def test_unreachable_target_is_refused_at_once(tiny_model, tiny_tokenizer):
         ({"max_perplexity_increase": float("nan")}, ValueError, "between 0 and 1"),
         ({"max_perplexity_increase": "a lot"}, TypeError, "expected a number"),
         ({"safety_multiplier": 0.5}, ValueError, "at least 1"),
-        ({"export_target": "toaster"}, ValueError, "export_target: expected one of any, vllm, marlin"),
+        (
+            {"export_target": "toaster"},
+            ValueError,
+            "export_target: expected one of any, vllm, marlin, gguf, auto-round",
+        ),
         ({"on_conflict": "panic"}, ValueError, "quality, memory, error"),
         ({"tokenizer": None}, TypeError, "tokenizer"),
         ({"calibration_samples": 0}, ValueError, "at least 1"),
