@@ -47,7 +47,7 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	cd $(SANITIZED) && \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian matmul gptq loss search clip))
+	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip))
 
 soak: $(VENV)/bitween.stamp  ## kill and resume 50 runs at random moments and compare their bytes (10 minutes)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed

@@ -60,6 +60,9 @@ def train_backward(
     into_low: _Tensor | None,
     into_high: _Tensor,
 ) -> None: ...
+def align(
+    weight: _Tensor, hessian: _Tensor, cross: _Tensor, share: float = 1.0, damping: float = 0.01
+) -> tuple[NDArray[np.float32], float]: ...
 def quantize_gptq(
     weight: _Tensor,
     hessian: _Tensor,

@@ -56,6 +56,11 @@ class Hessian:
         self.tokens += x.shape[0]
 
     @property
+    def has_cross(self) -> bool:
+        """Whether cross moments are gathered."""
+        return self._cross is not None
+
+    @property
     def columns(self) -> int:
         """Input features."""
         return self._sum.shape[0]

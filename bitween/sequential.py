@@ -1,14 +1,18 @@
 """Quantize a model block by block, each layer on inputs from the blocks before it as they were quantized.
 
-Activations stream: only the hidden states between two blocks are kept for all windows, and once more as they are
-without quantization where blocks are trained. Beside them stand one block's Hessians, and with a single batch of
-windows one block's inner activations.
+The hidden states of the untouched model move along with those of the quantized one: a layer aims at the outputs that
+it would have without any quantization before it (GPTAQ, arXiv 2504.02692), and trained blocks aim at the untouched
+block's output.
+
+Activations stream: only the hidden states between two blocks are kept for all windows, in both streams. Beside them
+stand one block's Hessians, and with a single batch of windows one block's inner activations.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._gptq import SWEEPS, gptq
+from ._gptq import SHARE, SWEEPS, gptq
 from .blocks import BlockRunner, Context, Layer
 from .functional import METHODS, quantize
 from .hessian import Hessian
@@ -44,6 +48,7 @@ class LayerResult:
     error : (w - q) H (w - q)T summed over rows, per token; None where the method knows no Hessian
     seconds : spent on rounding; layers rounded together share it by rows
     original : the Parameter that was there before, untouched
+    target : float32 (rows, cols) that training rounds, kept for methods that train; None for others
     """
 
     layer: Layer
@@ -52,6 +57,7 @@ class LayerResult:
     error: float | None
     seconds: float
     original: nn.Parameter = field(repr=False)
+    target: torch.Tensor | None = field(default=None, repr=False)
 
     def restore(self) -> None:
         """Give the layer its original Parameter back, the same object."""
@@ -76,7 +82,8 @@ class SequentialQuantizer:
     put : called with (layer, QuantizedTensor) as soon as a layer is quantized, and must let the layer compute with
         it; default `put_numbers`
     token_weights : weights of the tokens in each layer's Hessian, for instance its output gradients' energy
-    sweeps, damping : of `bitween.gptq`
+    exact : hidden states of the untouched model that enter the first block, by batch; default the batches' own
+    sweeps, damping, share : of `bitween.gptq`; share 0 aims at the original weights' outputs on the inputs as they are
     steps : of `signround.train_block`
     progress : called after every step
     """
@@ -88,8 +95,10 @@ class SequentialQuantizer:
         method: str | Mapping[str, str] = "gptq+refine",
         put: Callable[[Layer, QuantizedTensor], None] = put_numbers,
         token_weights: TokenWeights | None = None,
+        exact: Sequence[torch.Tensor] | None = None,
         sweeps: int = SWEEPS,
         damping: float = 0.01,
+        share: float = SHARE,
         steps: int = STEPS,
         progress: Progress | None = None,
     ) -> None:
@@ -98,8 +107,15 @@ class SequentialQuantizer:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {unknown[0]!r}")
         self.runner, self.method, self.put = runner, method, put
         self.token_weights, self.sweeps, self.damping, self.steps = token_weights, sweeps, damping, steps
+        self.share = share
+        self._start = exact
         self._exact: list[torch.Tensor] | None = None  # hidden states of the untouched model
         self.progress = progress or (lambda *_: None)
+
+    @property
+    def exact(self) -> list[torch.Tensor] | None:
+        """Hidden states of the untouched model after the last block run; None when no layer has needed them."""
+        return self._exact
 
     def embed(self, windows: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Context]]:
         """Batches of token ids (batch, length) as hidden states that enter the first block, with their contexts."""
@@ -135,11 +151,12 @@ class SequentialQuantizer:
         """Quantize block `i` and move the batches past it."""
         step = self._one_pass if len(batches) == 1 else self._staged
         with self.runner, torch.no_grad():
-            if not self._trains(plan):
-                return step(i, plan, batches)
-            inputs = list(batches)
-            self._move_exact(i, batches)
-            return self._train(i, step(i, plan, batches), inputs, batches)
+            if not self._follows(plan):
+                return step(i, plan, batches, None)
+            inputs, entering = list(batches), self._entering(i, batches)
+            targets = self._move_exact(i, batches, len(batches) == 1 and self._aims(plan))
+            results = step(i, plan, batches, targets if len(batches) == 1 else entering)
+            return self._train(i, results, inputs, batches) if self._trains(plan) else results
 
     def take_block(
         self,
@@ -150,16 +167,19 @@ class SequentialQuantizer:
     ) -> None:
         """Put the layers of block `i` as an earlier run left them, and move the batches past it."""
         with self.runner, torch.no_grad():
-            if self._trains(plan):
-                self._move_exact(i, batches)
+            if self._follows(plan):
+                self._move_exact(i, batches, False)
             for name, layer in self._wanted(i, plan).items():
                 self.put(layer, stored[name])
             self._forward(i, batches)
 
     # ---- two ways through a block ----------------------------------------------------------------
 
-    def _one_pass(self, i: int, plan: Mapping[str, Scheme | None], batches: list) -> list[LayerResult]:
-        """A hook before each layer quantizes it on the input that just arrived, then lets it run."""
+    def _one_pass(
+        self, i: int, plan: Mapping[str, Scheme | None], batches: list, targets: dict | None
+    ) -> list[LayerResult]:
+        """A hook before each layer quantizes it on the input that just arrived, then lets it run. `targets` holds the
+        untouched block's inputs."""
         groups = {name: names for names in self.runner.shared_inputs(i) for name in names}
         layers = self._wanted(i, plan)
         results: dict[str, LayerResult] = {}
@@ -170,7 +190,7 @@ class SequentialQuantizer:
                     return
                 x = (args[0] if args else next(iter(kwargs.values()))).detach()
                 wanted = [layers[n] for n in groups[name] if n in layers]
-                hessian = self._hessians(i, wanted, plan, [{groups[name]: x}])
+                hessian = self._hessians(i, wanted, plan, [({groups[name]: x}, targets)])
                 results.update((r.layer.name, r) for r in self._quantize(i, wanted, plan, hessian))
 
             return hook
@@ -185,10 +205,14 @@ class SequentialQuantizer:
         results.update((r.layer.name, r) for r in self._quantize(i, missed, plan, {}))
         return list(results.values())
 
-    def _staged(self, i: int, plan: Mapping[str, Scheme | None], batches: list) -> list[LayerResult]:
-        """Groups of layers that read one tensor, in order of execution; the block runs up to each of them."""
+    def _staged(
+        self, i: int, plan: Mapping[str, Scheme | None], batches: list, entering: list[torch.Tensor] | None
+    ) -> list[LayerResult]:
+        """Groups of layers that read one tensor, in order of execution; the block runs up to each of them, and again
+        with its original weights on the untouched model's hidden states, `entering`."""
         layers = self._wanted(i, plan)
-        results = []
+        results: list[LayerResult] = []
+        aims = entering is not None and self._aims(plan)
         for names in self.runner.shared_inputs(i):
             wanted = [layers[name] for name in names if name in layers]
             if not wanted:
@@ -196,11 +220,20 @@ class SequentialQuantizer:
             hessians = {}
             if any(self._needs_hessian(layer, plan) for layer in wanted):
                 stop_at = [layer.name for layer in wanted]
-                inputs = (self.runner.capture_inputs(i, h, context, stop_at)[1] for h, context in batches)
+                exact = entering if aims else [None] * len(batches)
+                inputs = (self._captured(i, *b, x, stop_at, results) for b, x in zip(batches, exact, strict=True))
                 hessians = self._hessians(i, wanted, plan, inputs)
             results += self._quantize(i, wanted, plan, hessians)
         self._forward(i, batches)
         return results
+
+    def _captured(self, i: int, hidden, context, exact, stop_at: list[str], done: list[LayerResult]) -> tuple:
+        """What layers of block `i` read, and what they would read in the untouched model, if that is followed."""
+        inputs = self.runner.capture_inputs(i, hidden, context, stop_at)[1]
+        if exact is None:
+            return inputs, None
+        with _originals(done):
+            return inputs, self.runner.capture_inputs(i, exact, context, stop_at)[1]
 
     def _forward(self, i: int, batches: list) -> None:
         started = time.monotonic()
@@ -214,14 +247,17 @@ class SequentialQuantizer:
         wanted = {r.layer.name: r for r in results if r.method == "signround"}
         if not wanted:
             return results
-        layers = {n: (r.layer, r.layer.as_weight(r.original.detach()), r.quantized) for n, r in wanted.items()}
+        layers = {n: (r.layer, r.target, r.quantized) for n, r in wanted.items()}
         trained, _, _ = train_block(self.runner, i, layers, inputs, self._exact, steps=self.steps)
         seconds = (time.monotonic() - started) / len(wanted)
         for k, result in enumerate(results):
             name = result.layer.name
-            if name in trained and trained[name] is not result.quantized:
+            if name not in trained:
+                continue
+            results[k] = result = replace(result, seconds=result.seconds + seconds, target=None)
+            if trained[name] is not result.quantized:
                 self.put(result.layer, trained[name])
-                results[k] = replace(result, quantized=trained[name], error=None, seconds=result.seconds + seconds)
+                results[k] = replace(result, quantized=trained[name], error=None)
         self.progress("train", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
         batches[:] = inputs
         self._forward(i, batches)
@@ -232,16 +268,39 @@ class SequentialQuantizer:
     def _wanted(self, i: int, plan: Mapping[str, Scheme | None]) -> dict[str, Layer]:
         return {x.name: x for x in self.runner.layout.blocks[i].layers if plan.get(x.name) is not None}
 
-    def _trains(self, plan: Mapping[str, Scheme | None]) -> bool:
-        wanted = (x for block in self.runner.layout.blocks for x in block.layers if plan.get(x.name) is not None)
-        return "signround" in map(self._method_of, wanted)
+    def _all_wanted(self, plan: Mapping[str, Scheme | None]) -> list[Layer]:
+        return [x for block in self.runner.layout.blocks for x in block.layers if plan.get(x.name) is not None]
 
-    def _move_exact(self, i: int, batches: list) -> None:
-        """Move the untouched model's hidden states past block `i`, which must not be quantized yet."""
-        if not self._exact or not i:
-            self._exact = [hidden for hidden, _ in batches]
-        for k, (_, context) in enumerate(batches):
-            self._exact[k] = self.runner.run_block(i, self._exact[k], context)
+    def _trains(self, plan: Mapping[str, Scheme | None]) -> bool:
+        return "signround" in map(self._method_of, self._all_wanted(plan))
+
+    def _aims(self, plan: Mapping[str, Scheme | None]) -> bool:
+        """Whether some layer aims at the untouched model's outputs."""
+        if not self.share:
+            return False
+        methods = set(map(self._method_of, self._all_wanted(plan)))
+        return bool(methods - {"rtn", "clip"})
+
+    def _follows(self, plan: Mapping[str, Scheme | None]) -> bool:
+        """Whether the untouched model's hidden states are needed."""
+        return self._aims(plan) or self._trains(plan)
+
+    def _entering(self, i: int, batches: list) -> list[torch.Tensor]:
+        """The untouched model's hidden states that enter block `i`."""
+        if self._exact is None or not i:
+            self._exact = [hidden for hidden, _ in batches] if self._start is None else list(self._start)
+        return list(self._exact)
+
+    def _move_exact(self, i: int, batches: list, capture: bool) -> dict | None:
+        """Move the untouched model's hidden states past block `i`, which must not be quantized yet; with `capture`,
+        returns what its layers read on the way."""
+        inputs = None
+        for k, (hidden, (_, context)) in enumerate(zip(self._entering(i, batches), batches, strict=True)):
+            if capture:
+                self._exact[k], inputs = self.runner.capture_inputs(i, hidden, context)
+            else:
+                self._exact[k] = self.runner.run_block(i, hidden, context)
+        return inputs
 
     def _method_of(self, layer: Layer) -> str:
         return self.method if isinstance(self.method, str) else self.method[layer.name]
@@ -250,19 +309,22 @@ class SequentialQuantizer:
         return self._method_of(layer) != "rtn"
 
     def _hessians(self, i: int, layers: list[Layer], plan: Mapping, inputs: Any) -> dict[str, Hessian]:
-        """{layer: its Hessian}; layers share one unless their tokens weigh differently."""
+        """{layer: its Hessian}; layers share one unless their tokens weigh differently. `inputs` yields
+        ({names: what they read}, the same of the untouched model or None)."""
         started = time.monotonic()
         wanted = [layer for layer in layers if self._needs_hessian(layer, plan)]
         found: dict[str, Hessian] = {}
-        for k, groups in enumerate(inputs):
+        for k, (groups, exact) in enumerate(inputs):
             for names, x in groups.items():
+                reference = None if exact is None else _of(exact, names, x)
                 here = [layer for layer in wanted if layer.name in names]
                 for j, layer in enumerate(here):
                     if j and self.token_weights is None:
                         found[layer.name] = found[here[0].name]
                         continue
                     weights = None if self.token_weights is None else self.token_weights(layer.name, k)
-                    found.setdefault(layer.name, Hessian(x.shape[-1])).add(x, weights=weights)
+                    moments = found.setdefault(layer.name, Hessian(x.shape[-1], cross=reference is not None))
+                    moments.add(x, weights=weights, reference=reference)
         self.progress("hessian", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
         return found
 
@@ -278,31 +340,53 @@ class SequentialQuantizer:
             done = self._round(stack, scheme, method, hessians.get(stack[0].name))
             seconds = time.monotonic() - started
             total = sum(layer.shape[0] for layer in stack)
-            for layer, (tensor, used, error) in zip(stack, done, strict=True):
+            for layer, (tensor, used, error, target) in zip(stack, done, strict=True):
                 original = layer.module.weight
                 self.put(layer, tensor)
                 part = seconds * layer.shape[0] / total
-                results.append(LayerResult(layer, tensor, used, error, part, original))
+                results.append(LayerResult(layer, tensor, used, error, part, original, target))
                 self.progress("quantize", self.runner.layout.blocks[i].name, layer.name, part)
         return results
 
     def _round(self, stack: list[Layer], scheme: Scheme, method: str, hessian: Hessian | None) -> list[tuple]:
-        """(QuantizedTensor, method used, error or None) of each layer."""
+        """(QuantizedTensor, method used, error or None, target of training or None) of each layer."""
         if method == "rtn":
-            return [(quantize(layer.weight, scheme), method, None) for layer in stack]
+            return [(quantize(layer.weight, scheme), method, None, None) for layer in stack]
         if hessian is None or not hessian.tokens:
-            return [(quantize(layer.weight, scheme, method="clip"), "clip", None) for layer in stack]
+            return [(quantize(layer.weight, scheme, method="clip"), "clip", None, None) for layer in stack]
         if method == "clip":
             importance = np.ascontiguousarray(np.diagonal(hessian.matrix()))
-            return [(quantize(x.weight, scheme, method=method, importance=importance), method, None) for x in stack]
+            clipped = (quantize(x.weight, scheme, method=method, importance=importance) for x in stack)
+            return [(tensor, method, None, None) for tensor in clipped]
         weight = stack[0].weight if len(stack) == 1 else torch.cat([layer.weight for layer in stack])
         sweeps = 0 if method == "gptq" else self.sweeps
-        found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping)
+        found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping, share=self.share)
         done, first = [], 0
         for layer in stack:
             rows = slice(first, first := first + layer.shape[0])
-            done.append((_take_rows(found.quantized, rows), method, float(found.row_errors[rows].sum())))
+            target = torch.as_tensor(found.target[rows]) if method == "signround" else None
+            done.append((_take_rows(found.quantized, rows), method, float(found.row_errors[rows].sum()), target))
         return done
+
+
+def _of(exact: Mapping[tuple[str, ...], torch.Tensor], names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+    """What the untouched model feeds layers; what they are fed now where the tokens are not the same (experts, whose
+    router decides anew)."""
+    found = next((y for known, y in exact.items() if set(known) & set(names)), None)
+    return x if found is None or found.numel() != x.numel() else found
+
+
+@contextmanager
+def _originals(results: list[LayerResult]) -> Iterator[None]:
+    """Layers that are done compute with their original weights meanwhile."""
+    put = [(result, result.layer.module.weight) for result in results]
+    try:
+        for result in results:
+            result.restore()
+        yield
+    finally:
+        for result, weight in put:
+            result.layer.module.weight = weight
 
 
 def _take_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:

@@ -167,7 +167,7 @@ def train_block(
 
     Parameters
     ----------
-    layers : {name: (layer, original weight (rows, cols), quantization so far)}
+    layers : {name: (layer, weight that was rounded (rows, cols), quantization so far)}
     batches : hidden states that enter the block, with their contexts; each step takes one, in turn
     targets : what should leave the block, one a batch
     steps : gradient steps; the pace falls from 1/steps to 0

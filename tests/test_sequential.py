@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def inputs_of(model, layers, ids):
 @pytest.mark.parametrize("batch", [6, 2])
 def test_inputs_come_from_the_quantized_prefix(family, batch):
     """What a layer reads depends only on what runs before it, so the finished model shows what it was fitted to."""
-    model, runner, quantizer = prepared(family)
+    model, runner, quantizer = prepared(family, share=0)
     ids = windows()
     batches = quantizer.embed(ids.split(batch))
     results = list(quantizer.run(plan_for(runner, Scheme(3, 16)), batches))
@@ -144,7 +146,7 @@ def test_bad_arguments_change_nothing():
 def test_training_brings_the_model_closer(family, batch):
     ids, logits = windows(), {}
     for method in ("gptq+refine", "signround"):
-        model, runner, quantizer = prepared(family, method=method, steps=60)
+        model, runner, quantizer = prepared(family, method=method, steps=60, share=0)
         before = tiny_models.logits(model, ids)
         batches = quantizer.embed(ids.split(batch))
         results = list(quantizer.run(plan_for(runner, Scheme(2, 16)), batches))
@@ -161,3 +163,41 @@ def test_training_brings_the_model_closer(family, batch):
         assert torch.equal(before, tiny_models.logits(model, ids))
     wrong = {method: (x - before).square().mean().item() for method, x in logits.items()}
     assert wrong["signround"] < 0.9 * wrong["gptq+refine"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [6, 2])
+def test_layers_aim_at_what_the_untouched_model_gives(family, batch):
+    """Each layer's target is the damped least squares answer to W* x = W y, y what the untouched model feeds it."""
+    model, runner, quantizer = prepared(family, share=1.0, method="gptq")
+    ids = windows()
+    exact = inputs_of(model, [x for block in runner.layout.blocks for x in block.layers], ids)
+    results = list(quantizer.run(plan_for(runner, Scheme(3, 16)), quantizer.embed(ids.split(batch))))
+    current = inputs_of(model, [r.layer for r in results], ids)
+    moved = 0.0
+    for result in results:
+        original = (result.original.T if result.layer.kind == "conv1d" else result.original).double()
+        x, y = current[result.layer.name], exact[result.layer.name]
+        hessian, cross = x.T @ x / len(x), y.T @ x / len(x)
+        damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(len(hessian))
+        target = original + original @ (cross - hessian) @ damped.inverse()
+        missed = x @ (target - result.quantized.dequantize(torch.float32)).T
+        assert result.error == pytest.approx(missed.square().sum(1).mean().item(), rel=2e-2)
+        moved = max(moved, ((target - original).norm() / original.norm()).item())
+    assert moved > 0.01
+
+
+def test_aiming_at_the_untouched_model_does_less_damage(tiny_model, tiny_tokenizer):
+    from bitween.calibration import prepare
+
+    text = prepare(tiny_tokenizer, None, length=128, calibration=24, selection=8, certification=1)
+    before = tiny_models.logits(tiny_model, text.selection.ids).log_softmax(-1)
+    damage = {}
+    for share in (0.0, 0.5):
+        model = copy.deepcopy(tiny_model)
+        runner = BlockRunner(model, inspect(model), products="fp32")
+        quantizer = SequentialQuantizer(runner, share=share)
+        list(quantizer.run(plan_for(runner, Scheme(2, 32)), quantizer.embed([text.calibration.ids])))
+        after = tiny_models.logits(model, text.selection.ids).log_softmax(-1)
+        damage[share] = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert damage[0.5] < 0.97 * damage[0.0]

@@ -179,15 +179,17 @@ class PrecisionOptimizer:
         return {key: values.numpy() for key, values in named.items()}
 
     def _quantize_all(self, plan: Mapping[str, Scheme | None], stage: str, steps: PlanSteps) -> None:
-        layout = self.context.layout
+        layout, runner = self.context.layout, self.runner
+        methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
+        windows = self._batches("signround" in methods.values())
+        with runner:
+            exact = [runner.embed(part)[0] for part in windows]  # before the embedding is quantized
         for layer in (layout.embedding, *layout.others):
             if plan.get(layer.name) is not None:
                 self._quantize(layer, plan[layer.name], None)
-        runner = self.runner
         with runner:
-            methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
-            batches = [runner.embed(part) for part in self._batches("signround" in methods.values())]
-            quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put)
+            batches = [runner.embed(part) for part in windows]
+            quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put, exact=exact)
             for i, block in enumerate(layout.blocks):
                 part = steps.part(f"block {i}")
                 if part is None:
@@ -196,7 +198,7 @@ class PrecisionOptimizer:
                 else:
                     quantizer.take_block(i, plan, batches, part)
                 self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
-            self._quantize_head(plan, [hidden for hidden, _ in batches])
+            self._quantize_head(plan, [hidden for hidden, _ in batches], quantizer.exact)
         in_blocks = {layer.name for block in layout.blocks for layer in block.layers}
         steps.put_part("rest", self._stored_of(x for x in layout.layers if x.name not in in_blocks))
         self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
@@ -251,14 +253,16 @@ class PrecisionOptimizer:
         if unknown := sorted(set(plan) - known):
             raise ValueError(f"plan: expected layers of the model; got {unknown[0]!r}")
 
-    def _quantize_head(self, plan: Mapping[str, Scheme | None], states: list) -> None:
+    def _quantize_head(self, plan: Mapping[str, Scheme | None], states: list, exact: list | None) -> None:
+        """The head, aiming at what it gives on the untouched model's states, where those were followed."""
         layout = self.context.layout
         scheme = None if layout.tied else plan.get(layout.head.name)
         if scheme is None:
             return
-        total = bitween.Hessian(layout.head.shape[1])
-        for state in states:
-            total.add(self.runner.final(state).float().reshape(-1, layout.head.shape[1]))
+        total = bitween.Hessian(layout.head.shape[1], cross=exact is not None)
+        for k, state in enumerate(states):
+            reference = None if exact is None else self.runner.final(exact[k]).float()
+            total.add(self.runner.final(state).float(), reference=reference)
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:

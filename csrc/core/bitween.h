@@ -160,6 +160,13 @@ bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *to
 /* Copies the upper triangle of (n, n) over the lower one. */
 bw_status bw_mirror_upper(ptrdiff_t n, float *h);
 
+/* ---- align.c ---- */
+/* out (rows, cols) = W + share * W (C - H)T (H + damping)^-1: what on inputs x comes nearest to W on inputs y, by
+ * `share` (0..1) of the way; hessian H = E[x xT], cross C = E[x yT], both (cols, cols). Damping is a part of the mean
+ * diagonal and grows when the factorisation fails. BW_ERR_HESSIAN, BW_ERR_FACTOR, BW_ERR_NONFINITE. */
+bw_status bw_align(const bw_matrix *weight, const float *hessian, const float *cross, double share, double *damping,
+                   float *out);
+
 /* ---- gptq.c ---- */
 typedef struct {
     double damping;        /* added to the diagonal of the Hessian, as a part of its mean; >= 0 */

@@ -17,7 +17,8 @@ void BLAS(cblas_sgemm)(int, int, int, int, int, int, float, const float *, int, 
                        int);
 void BLAS(cblas_ssyrk)(int, int, int, int, int, float, const float *, int, float, float *, int);
 void BLAS(dpotrf_)(const char *, const int *, double *, const int *, int *, size_t);
-void BLAS(dpotri_)(const char *, const int *, double *, const int *, int *, size_t);
+void BLAS(dpotrs_)(const char *, const int *, const int *, const double *, const int *, double *, const int *, int *,
+                   size_t);
 char *BLAS(openblas_get_config)(void);
 char *BLAS(openblas_get_corename)(void);
 void BLAS(openblas_set_num_threads)(int);
@@ -59,11 +60,11 @@ bw_status bw_dpotrf_upper(ptrdiff_t n, double *a, ptrdiff_t lda) {
     return translate(info);
 }
 
-bw_status bw_dpotri_upper(ptrdiff_t n, double *a, ptrdiff_t lda) {
+bw_status bw_dpotrs_upper(ptrdiff_t n, ptrdiff_t m, const double *a, ptrdiff_t lda, double *b, ptrdiff_t ldb) {
     pthread_once(&once, single_threaded);
-    if (n > INT_MAX || lda > INT_MAX) return BW_ERR_OVERFLOW;
-    int size = (int)n, stride = (int)lda, info = 0;
-    BLAS(dpotri_)("L", &size, a, &stride, &info, 1);
+    if (n > INT_MAX || m > INT_MAX || lda > INT_MAX || ldb > INT_MAX) return BW_ERR_OVERFLOW;
+    int size = (int)n, count = (int)m, stride = (int)lda, b_stride = (int)ldb, info = 0;
+    BLAS(dpotrs_)("L", &size, &count, a, &stride, b, &b_stride, &info, 1);
     return translate(info);
 }
 

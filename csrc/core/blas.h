@@ -13,8 +13,8 @@ void bw_ssyrk(ptrdiff_t n, ptrdiff_t k, float alpha, const float *a, ptrdiff_t l
               ptrdiff_t ldc);
 /* In place: upper triangle of a symmetric positive (n, n) matrix -> U with UT U = a. BW_ERR_FACTOR if not positive. */
 bw_status bw_dpotrf_upper(ptrdiff_t n, double *a, ptrdiff_t lda);
-/* In place, after bw_dpotrf_upper: U -> upper triangle of the inverse of UT U. */
-bw_status bw_dpotri_upper(ptrdiff_t n, double *a, ptrdiff_t lda);
+/* After bw_dpotrf_upper: b (m, n), row by row, -> b (UT U)^-1. */
+bw_status bw_dpotrs_upper(ptrdiff_t n, ptrdiff_t m, const double *a, ptrdiff_t lda, double *b, ptrdiff_t ldb);
 
 /* Makes OpenBLAS take what it keeps for the calling thread. Where that fails, the C library ends the process; so
  * the pool does it when a worker starts, not in the middle of some later product. */

@@ -9,8 +9,7 @@
 #include "blas.h"
 #include "scheme.h"
 
-/* Symmetric up to rounding, diagonal >= 0, finite? */
-static bw_status check_hessian(const float *h, ptrdiff_t n) {
+bw_status bw_check_hessian(const float *h, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) {
         double poison = 0;
         for (ptrdiff_t j = 0; j < n; j++) poison += 0 * (double)h[i * n + j];
@@ -142,7 +141,7 @@ static bw_status allocate(ptrdiff_t n, bw_factor *f) {
 
 bw_status bw_factor_new(const float *h, ptrdiff_t n, ptrdiff_t group, int by_activation, double damping, bw_factor *f) {
     *f = (bw_factor){.n = n};
-    bw_status status = check_hessian(h, n);
+    bw_status status = bw_check_hessian(h, n);
     if (!status) status = allocate(n, f);
     if (status) return status;
     double *work = bw_alloc(n * n, 8);

@@ -31,6 +31,9 @@ typedef struct {
     ptrdiff_t n_dead;      /* columns with H[j][j] = 0 */
 } bw_factor;
 
+/* BW_ERR_HESSIAN unless (n, n) is symmetric up to rounding, finite, with a diagonal >= 0. */
+bw_status bw_check_hessian(const float *h, ptrdiff_t n);
+
 /* h (n, n) symmetric fp32. Groups of `group` columns; by_activation puts the most active groups, and columns
  * within, first. Damping grows when the factorisation fails. Release with bw_factor_free in every case. */
 bw_status bw_factor_new(const float *h, ptrdiff_t n, ptrdiff_t group, int by_activation, double damping,

@@ -56,6 +56,12 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "quantize_rtn": lambda r, c: {"weight": floats(r, c), "scheme": KEY},
     "quantize_clip": lambda r, c: {"weight": floats(r, c), "scheme": KEY, "importance": floats(r, c) ** 2},
     "quantize_gptq": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "scheme": KEY, "sweeps": 1},
+    "align": lambda r, c: {
+        "weight": floats(r, c),
+        "hessian": moments(c),
+        "cross": moments(c) + floats(c, c),
+        "damping": 0.1,
+    },
     "train_forward": lambda r, c: {**rounding(r, c), "out": floats(r, c)},
     "train_backward": lambda r, c: {
         **rounding(r, c),

@@ -167,6 +167,7 @@ def free_axis(name, key, axis):
     return (name, key, axis) in {
         ("unpack", "packed", 0),
         ("quantize_gptq", "weight", 0),
+        ("align", "weight", 0),
         ("cross_entropy", "logits", 1),
     }
 
