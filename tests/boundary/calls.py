@@ -60,7 +60,6 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
         "weight": floats(r, c),
         "hessian": moments(c),
         "cross": moments(c) + floats(c, c),
-        "damping": 0.1,
     },
     "train_forward": lambda r, c: {**rounding(r, c), "out": floats(r, c)},
     "train_backward": lambda r, c: {
