@@ -138,6 +138,7 @@ SCORES = {
     "sum |g dW|": score_gradient,
     "four measured methods": score_methods,
 }
+DISTILLED = ", distilled"
 IN_NATS = ("bitween", "bits only, groups of 64", "Fisher x RTN error", "trace x mean squared error")
 UNIFORM = {"uniform GPTQ": "gptq", "uniform GPTQ + refinement": "gptq+refine"}
 
@@ -145,35 +146,39 @@ UNIFORM = {"uniform GPTQ": "gptq", "uniform GPTQ + refinement": "gptq+refine"}
 # ---- rows ------------------------------------------------------------------------------------------
 
 
-def planned(s: Subject, name: str, sizes: list[float]):
+def planned(s: Subject, name: str, sizes: list[float], steps: int):
     started = time.monotonic()
     front = frontier(s.items(*SCORES[name](s)))
     seconds = time.monotonic() - started
     for bits in sizes:
         plan = front.within_bytes(s.limit(bits))
-        yield row(s, name, plan.schemes, plan.damage if name in IN_NATS else None, "gptq+refine", seconds)
+        yield from row(s, name, plan.schemes, plan.damage if name in IN_NATS else None, "gptq+refine", seconds, steps)
 
 
-def uniform(s: Subject, name: str, sizes: list[float]):
+def uniform(s: Subject, name: str, sizes: list[float], _: int):
     for bits in sizes:
         scheme = Scheme(int(bits), 64)
-        yield row(s, name, {layer.name: scheme for layer in s.layers}, None, UNIFORM[name], 0.0)
+        yield from row(s, name, {layer.name: scheme for layer in s.layers}, None, UNIFORM[name], 0.0, 0)
 
 
-def row(s: Subject, name: str, plan, predicted, method: str, analysis: float) -> dict[str, object]:
+def row(s: Subject, name: str, plan, predicted, method: str, analysis: float, steps: int):
+    """A row for the plan as realised, and with steps another after distillation."""
     nbytes = sum(plan[layer.name].nbytes(*layer.shape) for layer in s.layers)
-    realised = s.optimizers[method].realise(plan)
-    measured = realised.measurement
-    return {
-        "model": s.name,
-        "plan": name,
-        "bits": round(8 * nbytes / s.weights, 3),
-        "predicted": predicted,
-        "KL": measured.damage,
-        "perplexity %": 100 * measured.perplexity_increase,
-        "analysis s": round(analysis, 1),
-        "realise s": round(realised.seconds, 1),
-    }
+    optimizer = s.optimizers[method]
+    found = {name: optimizer.realise(plan)}
+    if steps:
+        found[name + DISTILLED] = optimizer.distill(found[name], steps)
+    for kind, realised in found.items():
+        yield {
+            "model": s.name,
+            "plan": kind,
+            "bits": round(8 * nbytes / s.weights, 3),
+            "predicted": predicted,
+            "KL": realised.measurement.damage,
+            "perplexity %": 100 * realised.measurement.perplexity_increase,
+            "analysis s": round(analysis, 1),
+            "realise s": round(realised.seconds, 1),
+        }
 
 
 def merge(found: dict[str, object], settings: dict[str, object]) -> None:
@@ -197,10 +202,12 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 4.25, 3.5, 3.0])
     parser.add_argument("--rows", nargs="+", default=[*SCORES, *UNIFORM], choices=[*SCORES, *UNIFORM])
     parser.add_argument("--windows", type=int, default=48, help="of calibration")
+    parser.add_argument("--distill", type=int, default=40, help="steps after realising bitween's own plan; 0 for none")
     options = parser.parse_args()
     subject = Subject(options.model, Path(options.text).read_text(), options.windows)
     for name in options.rows:
-        for found in (planned if name in SCORES else uniform)(subject, name, options.bits):
+        steps = options.distill if name == "bitween" else 0
+        for found in (planned if name in SCORES else uniform)(subject, name, options.bits, steps):
             merge(found, {"windows": options.windows})
             print(common.show([found]).splitlines()[-1], flush=True)
 
