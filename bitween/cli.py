@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Options of a TOML file become the defaults of those not given on the command line."""
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        found = {name.replace("-", "_"): value for name, value in tomllib.load(file).items()}
+    known = {parameter.name for parameter in context.command.params}
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(
+            f"--config: {path} has {unknown[0]!r}, which is no option; there are {', '.join(sorted(known))}"
+        )
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+_Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with options by name", callback=_from_file, is_eager=True)
+]
 _Model = Annotated[str, typer.Argument(help="directory of a Hugging Face model, or its name on the hub")]
 _Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 _Reduction = Annotated[float, typer.Option(help="share of the bytes to save, 0 to 1")]
@@ -49,6 +69,7 @@ def quantize(
     resume: Annotated[bool, typer.Option(help="go on where a stopped run of the same inputs left off")] = True,
     dry_run: Annotated[bool, typer.Option(help="only show sizes and the least reachable bytes")] = False,
     as_json: _Json = False,
+    config: _Config = None,
 ) -> None:
     """Quantize a model gradually and save it.
 
@@ -126,6 +147,7 @@ def plan(
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
     as_json: _Json = False,
+    config: _Config = None,
 ) -> None:
     """Predict the trade-off between size and damage, and the scheme of each layer at a target; quantizes nothing."""
     from .gradual import GradualQuantizer

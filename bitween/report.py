@@ -139,6 +139,12 @@ class QuantizationReport:
         return lines
 
     def _repr_html_(self) -> str:
+        """In notebooks: the same text, and the heat map of bits where matplotlib is installed."""
         from html import escape
 
-        return f"<pre>{escape(str(self))}</pre>"
+        text = f"<pre>{escape(str(self))}</pre>"
+        try:
+            from .report_page import picture
+        except ImportError:
+            return text
+        return text + picture("bits", self.to_dict())

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import plots
 
-__all__ = ["page"]
+__all__ = ["page", "picture"]
 
 _DATA = Path(__file__).parent / "data"
 
@@ -28,7 +28,7 @@ def page(report: dict[str, Any], title: str = "Quantization report") -> str:
     if missing:
         raise ValueError(f"report: expected a bitween report; it has no {missing[0]!r}")
     names = ["bits", "frontier", "memory"] + (["importance"] if report.get("importance") else [])
-    pictures = {name: _svg(plots.PICTURES[name](report)) for name in names}
+    pictures = {name: picture(name, report) for name in names}
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{_machine(report)}</p>',
@@ -52,8 +52,11 @@ def page(report: dict[str, Any], title: str = "Quantization report") -> str:
     )
 
 
-def _svg(figure: Any) -> str:
+def picture(name: str, report: dict[str, Any]) -> str:
+    """One of `plots.PICTURES` as SVG text."""
     import matplotlib
+
+    figure = plots.PICTURES[name](report)
 
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bitween", "font.family": "sans-serif"}):

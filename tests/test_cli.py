@@ -146,3 +146,19 @@ def test_report_becomes_a_page(saved, tmp_path):
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert json.loads(run("report", saved, "--json").stdout)["schema_version"] == 1
     assert "bitween.json" in run("report", MODEL, code=1).stderr
+
+
+def test_options_from_a_file_equal_the_flags(tmp_path):
+    file = tmp_path / "plan.toml"
+    file.write_text(f'model = "{MODEL}"\ncalibration-samples = 4\ntarget_memory_reduction = 0.7\n')
+    by_file = json.loads(run("plan", "--config", file, "--json").stdout)
+    by_flags = json.loads(
+        run("plan", MODEL, "--calibration-samples", 4, "--target-memory-reduction", 0.7, "--json").stdout
+    )
+    assert by_file == by_flags
+    over = json.loads(run("plan", "--config", file, "--target-memory-reduction", 0.5, "--json").stdout)
+    assert over["nbytes"] > by_file["nbytes"]
+    file.write_text("memory = 0.7\n")
+    assert "has 'memory', which is no option" in run("plan", MODEL, "--config", file, code=1).stderr
+    file.write_text("[")
+    assert "bitween: " in run("plan", MODEL, "--config", file, code=1).stderr
