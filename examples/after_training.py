@@ -2,7 +2,7 @@
 
     python examples/after_training.py MODEL_DIR OUTPUT_DIR DOCUMENTS.json [STEPS]
 
-Fine-tunes on a JSON list of documents, quantizes with the same text as calibration, and saves both what was proven and the model.
+Fine-tunes on a JSON list of documents, quantizes with the same text as calibration, and saves the model with its proof.
 """
 
 import json
