@@ -10,6 +10,7 @@ from . import _core
 __all__ = ["follow_torch", "get_num_threads", "set_num_threads"]
 
 _fixed = False
+_asked = False  # whether PyTorch's own threads can do the work
 
 
 def _cpus() -> int:
@@ -30,9 +31,15 @@ def get_num_threads() -> int:
 
 
 def follow_torch() -> None:
-    """Take over torch.get_num_threads(), unless a number was set."""
+    """Work on PyTorch's threads where that is possible, and on as many, unless a number was set."""
+    global _asked
     torch = sys.modules.get("torch")
-    if not _fixed and torch is not None and hasattr(torch, "get_num_threads"):
+    if torch is None or not hasattr(torch, "get_num_threads"):
+        return
+    if not _asked:
+        _asked = True
+        _core.borrow_threads()
+    if not _fixed:
         _core.set_num_threads(min(torch.get_num_threads(), 1024))
 
 

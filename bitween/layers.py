@@ -184,9 +184,10 @@ class QuantizedLinear(_Packed):
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return _Product.apply(x, self.bias, self)
-        return self.multiply(x, self.bias)
+        bias = self._parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, bias, self)
+        return self.multiply(x, bias)
 
     @property
     def mode(self) -> str:

@@ -95,6 +95,8 @@ const char *bw_isa_list(int i, int *supported);
 /* ---- parallel.c ---- */
 /* Number of threads that work on a call, the caller among them; 1 .. 1024. */
 bw_status bw_set_num_threads(int n);
+/* Let the OpenMP threads that are in the process do the work, if there are any; 1 when there are. */
+int bw_borrow_threads(void);
 int bw_get_num_threads(void);
 
 /* ---- blas.c ---- */

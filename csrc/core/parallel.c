@@ -1,9 +1,9 @@
 /* The thread pool: started at first use, sized by bw_set_num_threads, rebuilt after fork.
  *
- * Own pthreads instead of OpenMP, because PyTorch brings an OpenMP runtime of its own and two of them in one
- * process would fight. Idle workers spin for a moment, since products follow each other closely while a model
- * generates, then sleep, each on a condition variable of its own. The caller works too, and takes back what a worker
- * has not begun by the end: a worker that wakes late costs nothing. */
+ * Where PyTorch's OpenMP threads can be borrowed (openmp.c) they do the work, because two pools in one process would
+ * fight. Elsewhere it is done by own pthreads. Idle workers spin for a moment, since products follow each other closely
+ * while a model generates, then sleep, each on a condition variable of its own. The caller works too, and takes back
+ * what a worker has not begun by the end: a worker that wakes late costs nothing. */
 #include "parallel.h"
 
 #include <pthread.h>
@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "blas.h"
+#include "openmp.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,7 +49,9 @@ static struct {
     int n_started;         /* workers running, the caller not counted */
     int fork_handler;
     bw_job job;
+    int n_workers; /* on borrowed threads */
     atomic_llong next_chunk;
+    atomic_int next_worker;
     atomic_int n_threads;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .n_threads = 1};
 
@@ -56,6 +59,10 @@ bw_status bw_set_num_threads(int n) {
     if (n < 1 || n > BW_MAX_THREADS) return BW_ERR_ARGUMENT;
     atomic_store(&pool.n_threads, n);
     return BW_OK;
+}
+
+int bw_borrow_threads(void) {
+    return bw_openmp_find();
 }
 
 int bw_get_num_threads(void) {
@@ -73,6 +80,18 @@ static void run_chunks(const bw_job *job, int worker) {
         if (chunk >= job->n_chunks) return;
         job->fn(job->context, (ptrdiff_t)chunk, worker);
     }
+}
+
+static void run_borrowed(void *context) {
+    static _Thread_local int prepared;
+    (void)context;
+    int worker = atomic_fetch_add_explicit(&pool.next_worker, 1, memory_order_relaxed);
+    if (worker >= pool.n_workers) return;
+    if (!prepared) {
+        bw_blas_prepare_thread();
+        prepared = 1;
+    }
+    run_chunks(&pool.job, worker);
 }
 
 static void wait_for_post(bw_worker *w) {
@@ -163,10 +182,17 @@ void bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *co
         run_alone(n_chunks, fn, context);
         return;
     }
+    pool.job = (bw_job){fn, context, n_chunks};
+    pool.n_workers = n_workers;
+    atomic_store(&pool.next_chunk, 0);
+    atomic_store(&pool.next_worker, 0);
+    /* Always as many as there are: a smaller team would end the threads that it leaves out. */
+    if (bw_openmp_run(bw_get_num_threads(), run_borrowed, NULL)) {
+        pthread_mutex_unlock(&pool.owner);
+        return;
+    }
     start_workers(n_workers);
     if (n_workers > pool.n_started + 1) n_workers = pool.n_started + 1;
-    pool.job = (bw_job){fn, context, n_chunks};
-    atomic_store(&pool.next_chunk, 0);
     for (int i = 1; i < n_workers; i++) post(&workers[i]);
     run_chunks(&pool.job, 0);
     for (int i = 1; i < n_workers; i++) finish(&workers[i]);

@@ -1,4 +1,4 @@
-/* info, set_isa, set_num_threads, get_num_threads. */
+/* info, set_isa, set_num_threads, get_num_threads, borrow_threads. */
 #include "boundary.h"
 
 static PyObject *supported_isas(void) {
@@ -67,4 +67,14 @@ PyObject *bw_py_get_num_threads(PyObject *module, PyObject *const *args, Py_ssiz
     static const char *const names[] = {NULL};
     if (bw_parse("get_num_threads", names, args, n_args, keywords, NULL)) return NULL;
     return PyLong_FromLong(bw_get_num_threads());
+}
+
+const char bw_doc_borrow_threads[] =
+    "borrow_threads()\n--\n\nWork on the OpenMP threads that are in the process already; whether there are any.";
+
+PyObject *bw_py_borrow_threads(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
+    (void)module;
+    static const char *const names[] = {NULL};
+    if (bw_parse("borrow_threads", names, args, n_args, keywords, NULL)) return NULL;
+    return PyBool_FromLong(bw_borrow_threads());
 }

@@ -14,7 +14,7 @@ KEY = Scheme(3, 16).key
 Arguments = dict[str, object]
 
 # Functions that compute nothing worth releasing the GIL for.
-INSTANT = {"layout", "info", "set_isa", "set_num_threads", "get_num_threads"}
+INSTANT = {"layout", "info", "set_isa", "set_num_threads", "get_num_threads", "borrow_threads"}
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -95,6 +95,7 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "set_isa": lambda r, c: {"name": None},
     "set_num_threads": lambda r, c: {"n": 2},
     "get_num_threads": lambda r, c: {},
+    "borrow_threads": lambda r, c: {},
 }
 
 FUNCTIONS = sorted(name for name, value in vars(_core).items() if inspect.isbuiltin(value))
