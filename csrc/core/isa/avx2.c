@@ -1,4 +1,5 @@
 /* AVX2 + FMA + F16C + BMI2 (Haswell 2013, Zen 2017 and later): 16 lanes in two registers. */
+#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -7,8 +8,12 @@
 #include "../kernels/table.h"
 #include "../scheme.h"
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2,popcnt"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,popcnt")
+#endif
 
 typedef struct {
     __m256 a, b; /* lanes 0..7 and 8..15 */
@@ -265,12 +270,17 @@ static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
 #include "eights.h"
 #include "../kernels/all.h"
 
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 static int supported(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi2");
+    unsigned a, b, c = 0, d; /* F16C by hand: clang's list of features has no name for it */
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
 const bw_isa bw_isa_avx2 = BW_TABLE("avx2", 10, supported);

@@ -7,8 +7,14 @@
 #include "../kernels/table.h"
 #include "../scheme.h"
 
+#ifdef __clang__
+#pragma clang attribute push(                                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi2,popcnt"))), \
+    apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi2,popcnt")
+#endif
 
 typedef __m512 bw_vf;
 
@@ -241,7 +247,11 @@ static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
 
 #include "../kernels/all.h"
 
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 static int supported(void) {
     __builtin_cpu_init();

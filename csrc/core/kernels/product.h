@@ -192,7 +192,11 @@ static inline __attribute__((always_inline)) void add_unit(const bw_few *job, co
 
 /* Sets with registers for a unit compile the main loop for each case; those in plain C share one. */
 #ifdef BW_PLAIN_UNITS
+#ifdef __clang__ /* which never clones */
+#define BW_EACH_CASE static __attribute__((noinline))
+#else
 #define BW_EACH_CASE static __attribute__((noinline, noclone))
+#endif
 #else
 #define BW_EACH_CASE static inline __attribute__((always_inline))
 #endif
