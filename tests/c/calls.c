@@ -305,7 +305,7 @@ static int call_search(tape *t) {
 static int call_hessian(tape *t) {
     ptrdiff_t tokens = size(t, 20), cols = size(t, 70), other = size(t, 70);
     int cross = (int)draw(t, 2);
-    bw_matrix x = view(t, tokens, cols), y = view(t, tokens + (draw(t, 32) == 31), other);
+    bw_matrix x = view(t, tokens, cols), y = view(t, larger(tokens, draw(t, 32) == 31), other);
     ptrdiff_t across = cross ? other : cols, n;
     if (cols < 0 || across < 0 || __builtin_mul_overflow(cols, across, &n) || n > MOST_BYTES / 4) n = 0;
     float *h = take((size_t)n * 4), *weights = tokens >= 0 && tokens < 1000 ? array(t, tokens) : NULL;
