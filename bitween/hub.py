@@ -23,7 +23,6 @@ from .checkpoint import SCHEMA_VERSION, CheckpointError, read_header
 from .export import compressed_tensors
 from .layers import QuantizedEmbedding, QuantizedLinear
 from .scheme import Scheme
-from .together import multiply_together
 
 __all__ = ["METHOD", "Attached", "BitweenConfig", "BitweenQuantizer", "attach", "check_stored", "plan_of", "swap"]
 
@@ -111,7 +110,6 @@ class BitweenQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.plan:
             check_stored(model.get_submodule(name), name)
-        multiply_together(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:

@@ -131,7 +131,6 @@ class QuantizedLinear(_Packed):
     """
 
     bias: nn.Parameter | None
-    _together: Any = None  # the group of layers with the same input, see together.py
 
     def __init__(self, stored: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(stored)
@@ -188,14 +187,7 @@ class QuantizedLinear(_Packed):
         bias = self._parameters["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, self)
-        if self._together is not None and not torch.is_grad_enabled():
-            out = self._together.multiply(self, x)
-            if out is not None:
-                return out
         return self.multiply(x, bias)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_together"}  # it names other layers
 
     @property
     def mode(self) -> str:

@@ -74,7 +74,6 @@ class Candidate:
     def install(self, dtype: torch.dtype) -> Any:
         """Replace the quantized layers by packed ones and cast what is left to `dtype`; returns the model."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
-        from bitween.together import multiply_together
 
         for layer in self.original.layers:
             tensor = self.stored.get(layer.name)
@@ -95,5 +94,4 @@ class Candidate:
                 if parameter.is_floating_point() and parameter.dtype != dtype:
                     setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
         self.model.config.dtype = dtype
-        multiply_together(self.model)
         return self.model
