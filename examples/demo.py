@@ -33,6 +33,7 @@ def main(model_dir: str, output_dir: str) -> None:
         calibration_samples=24,
         evaluation_samples=96,
         stages=2,
+        distillation_steps=0,
         progress=ProgressBars(),
     )
     quantized = quantizer.quantize()
