@@ -13,7 +13,7 @@ import torch
 
 from bitween import blocks
 from bitween.export.targets import find_target
-from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes, model_bytes, resident_bytes
+from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes, resident_bytes
 from bitween.report import QuantizationReport
 from bitween.scheme import Scheme
 
@@ -21,12 +21,13 @@ from .candidate import shared_copy
 from .context import GradualContext
 from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
-from .items import Item, Option, Plan, tie
+from .items import Plan
 from .journal import Journal, NullJournal, identity_of
-from .planner import Frontier, InfeasibleTarget, frontier, uniform_plans
+from .planner import Frontier, frontier, uniform_plans
 from .precision_optimizer import BYTES_A_UNIT, ONE_PASS_BYTES, PrecisionOptimizer, Realisation
 from .recorded import PlanSteps, Recorder
-from .scores import KEEP, candidate_schemes, to_items
+from .scores import candidate_schemes, to_items
+from .sizes import Sizes
 from .utils import Progress, budget_nats, check_at_least, check_share, no_progress
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
@@ -142,8 +143,10 @@ class GradualQuantizer:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         self.layout = blocks.inspect(model)
         blocks.check_finite(model)
-        self._dtype = self.layout.embedding.module.weight.dtype
-        self._check_reach()
+        self.sizes = Sizes(
+            model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
+        )
+        self.sizes.check_reach()
         self._report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
 
@@ -173,7 +176,7 @@ class GradualQuantizer:
                 context=context,
                 progress=self.progress,
             )
-            front = frontier(self._items(to_items(scores), context))
+            front = frontier(self.sizes.plannable(to_items(scores), context))
             descent = Descent(front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier)
             chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
             chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
@@ -183,7 +186,7 @@ class GradualQuantizer:
                 prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
-        model = optimizer.candidate.install(self._dtype)
+        model = optimizer.candidate.install(self.sizes.dtype)
         self._seconds["total"] = time.monotonic() - started
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
@@ -206,8 +209,8 @@ class GradualQuantizer:
         )
         self._timed("curvature", analyzer.analyze_curvature)
         scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
-        front = frontier(self._items(to_items(scores), context))
-        return front, front.within_bytes(self._layer_limit())
+        front = frontier(self.sizes.plannable(to_items(scores), context))
+        return front, front.within_bytes(self.sizes.layer_limit)
 
     @property
     def budget(self) -> float:
@@ -227,15 +230,13 @@ class GradualQuantizer:
     def preflight(self) -> dict[str, Any]:
         """Sizes before anything is measured: bytes now, at the target, the least reachable; layers left alone; about
         the memory that `quantize` will need, and what the system has."""
-        least = sum(min(o.nbytes for o in item.options) for item in self._size_items())
-        fixed = self._fixed_bytes()
         return {
-            "bytes": self._original_bytes,
-            "target_bytes": self._byte_limit,
-            "least_bytes": least + fixed,
-            "fixed_bytes": fixed,
+            "bytes": self.sizes.original,
+            "target_bytes": self.sizes.limit,
+            "least_bytes": self.sizes.least,
+            "fixed_bytes": self.sizes.fixed,
             "layers": len(self.layout.layers),
-            "ignored_layers": [x.name for x in self.layout.layers if self._ignored(x)],
+            "ignored_layers": [x.name for x in self.layout.layers if self.sizes.ignored(x)],
             "tied": self.layout.tied,
             "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
             "memory_needed": self._memory_needed(),
@@ -247,8 +248,8 @@ class GradualQuantizer:
         a float32 copy in another basis, the candidate's numbers, every stage's packed layers, one block's activations
         and the logits of a window, plus what the allocator keeps."""
         numbers = sum(4 * x.shape[0] * x.shape[1] for x in self.layout.layers)
-        copy = 0 if self._dtype == torch.float32 and self.transforms == "none" else numbers
-        stages = (self.stages + 3) * self._byte_limit
+        copy = 0 if self.sizes.dtype == torch.float32 and self.transforms == "none" else numbers
+        stages = (self.stages + 3) * self.sizes.limit
         widest = max(max(x.shape) for block in self.layout.blocks for x in block.layers)
         tokens = self.calibration_samples * self.sequence_length
         activations = min(ONE_PASS_BYTES, tokens * widest * BYTES_A_UNIT)
@@ -268,54 +269,6 @@ class GradualQuantizer:
             )
 
     # ---- before ----------------------------------------------------------------------------------
-
-    def _check_reach(self) -> None:
-        self._original_bytes = model_bytes(self.model)
-        self._byte_limit = int(self._original_bytes * (1 - self.target_memory_reduction))
-        sizes = self.preflight()
-        if sizes["least_bytes"] > self._byte_limit:
-            reach = 1 - sizes["least_bytes"] / self._original_bytes
-            raise InfeasibleTarget(
-                f"target_memory_reduction: expected at most {reach:.3f}, since the smallest schemes allowed need "
-                f"{sizes['least_bytes']:,} of {self._original_bytes:,} bytes; got {self.target_memory_reduction}",
-                sizes["least_bytes"],
-                "bytes",
-            )
-
-    def _fixed_bytes(self) -> int:
-        """Bytes of everything that is no layer: norms, biases, buffers."""
-        return self._original_bytes - sum(layer.nbytes for layer in self.layout.layers)
-
-    def _ignored(self, layer: blocks.Layer) -> bool:
-        if not layer.plain or (layer.kind == "embedding" and not self.target.embeddings):
-            return True
-        return layer.matches(self.ignore_layers)
-
-    def _size_items(self) -> list[Item]:
-        items = []
-        for layer in self.layout.layers:
-            options = [Option(KEEP, layer.nbytes, 0.0)]
-            if not self._ignored(layer):
-                fitting = [scheme for scheme in self.schemes if self.target.fits(scheme, layer.shape)]
-                options += [Option(scheme, scheme.nbytes(*layer.shape), 1.0) for scheme in fitting]
-            items.append(Item(layer.name, tuple(options)))
-        return items
-
-    def _items(self, items: list[Item], context: GradualContext) -> list[Item]:
-        """What may be planned: ignored layers keep what they are, and sizes are those of the user's own dtype."""
-        found = []
-        for item in items:
-            layer = self.layout.layer(item.name)
-            kept = layer.shape[0] * layer.shape[1] * self._dtype.itemsize
-            allowed = not self._ignored(layer)
-            options = [
-                o for o in item.options if o.key is not KEEP and allowed and self.target.fits(o.key, layer.shape)
-            ]
-            found.append(Item(item.name, (*options, Option(KEEP, kept, 0.0))))
-        if not self.target.fuses:
-            return found
-        shared = [names for i in range(len(context.layout.blocks)) for names in context.runner.shared_inputs(i)]
-        return tie(found, {" + ".join(names): names for names in shared if len(names) > 1})
 
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
@@ -380,16 +333,10 @@ class GradualQuantizer:
 
         return realise
 
-    def _layer_limit(self) -> int:
-        return self._byte_limit - self._fixed_bytes()
-
     def _descend(self, descent: Descent, optimizer: PrecisionOptimizer) -> tuple[Stage, str | None]:
         """The stage that stands, and why not both targets are met, if so."""
-        limit = self._layer_limit()
-        eight = sum(
-            Scheme(8, 128, True).nbytes(*x.shape) if not self._ignored(x) else x.nbytes for x in self.layout.layers
-        )
-        stage = descent.walk(max(eight, limit), limit, self.stages)
+        limit = self.sizes.layer_limit
+        stage = descent.walk(max(self.sizes.uniform(Scheme(8, 128, True)), limit), limit, self.stages)
         if stage is not None and stage.accepted:
             return stage, None
         if self.on_conflict == "memory":
