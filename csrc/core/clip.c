@@ -1,16 +1,9 @@
 /* Quantize on the best range of each group, under an importance of each squared error. */
+#include "importance.h"
 #include "rows.h"
 
-/* A row's importance counts only against itself; its largest becomes 1, so that no sum can overflow. */
-static void normalise(float *importance, ptrdiff_t n) {
-    float largest = 0;
-    for (ptrdiff_t i = 0; i < n; i++) largest = importance[i] > largest ? importance[i] : largest;
-    if (largest > 0)
-        for (ptrdiff_t i = 0; i < n; i++) importance[i] /= largest;
-}
-
 static bw_status clip_one(const bw_row_job *job, bw_row *row) {
-    if (row->importance) normalise(row->importance, job->out->cols);
+    if (row->importance) bw_normalise_importance(row->importance, job->out->cols); /* counts only within the row */
     return bw_cpu()->clip_grid(row->values, job->out->cols, job->layout.group, &job->out->scheme, row->importance,
                                row->scales, row->zeros);
 }

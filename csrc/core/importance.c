@@ -16,3 +16,11 @@ bw_status bw_load_importance(const bw_matrix *importance, ptrdiff_t row, float *
     for (ptrdiff_t i = 0; i < importance->cols; i++) bad |= !(out[i] >= 0.0f && out[i] <= 3.402823466e38f);
     return bad ? BW_ERR_IMPORTANCE : BW_OK;
 }
+
+float bw_normalise_importance(float *importance, ptrdiff_t n) {
+    float largest = 0;
+    for (ptrdiff_t i = 0; i < n; i++) largest = importance[i] > largest ? importance[i] : largest;
+    if (largest == 0) return 1;
+    for (ptrdiff_t i = 0; i < n; i++) importance[i] /= largest;
+    return largest;
+}

@@ -9,5 +9,8 @@
 bw_status bw_check_importance(const bw_matrix *importance, const bw_matrix *weight);
 /* One row as fp32. BW_ERR_IMPORTANCE when a value is negative or not finite. */
 bw_status bw_load_importance(const bw_matrix *importance, ptrdiff_t row, float *out);
+/* Makes the largest of a row 1, so that no sum of it can overflow, and returns what that took to divide by; 1 when all
+ * are zero. */
+float bw_normalise_importance(float *importance, ptrdiff_t n);
 
 #endif

@@ -60,16 +60,14 @@ static ptrdiff_t scratch_bytes(ptrdiff_t cols) {
 static bw_status load(const search_job *job, ptrdiff_t index, search_row *row) {
     ptrdiff_t cols = job->weight->cols, padding = n_blocks(cols) * 16 - cols;
     bw_status status = BW_OK;
-    float largest = 0;
     bw_cpu()->load_row(job->weight, index, 0, cols, row->values);
     memset(row->values + cols, 0, (size_t)padding * 4);
+    row->unit = 1;
     if (job->importance) {
         status = bw_load_importance(job->importance, index, row->importance);
-        for (ptrdiff_t i = 0; i < cols; i++) largest = row->importance[i] > largest ? row->importance[i] : largest;
-        for (ptrdiff_t i = 0; i < cols && largest > 0; i++) row->importance[i] /= largest;
+        row->unit = bw_normalise_importance(row->importance, cols);
     } else
         for (ptrdiff_t i = 0; i < cols; i++) row->importance[i] = 1.0f;
-    row->unit = job->importance ? (double)largest : 1.0;
     memset(row->importance + cols, 0, (size_t)padding * 4);
     row->group_size = 0;
     if (!status && !job->clip) status = bw_cpu()->find_ranges(row->values, cols, row->low, row->high);

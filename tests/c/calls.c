@@ -26,6 +26,10 @@ static uint64_t step(uint64_t *state) {
     return *state ^= *state << 17;
 }
 
+static size_t width_of(bw_dtype dtype) {
+    return dtype == BW_F32 ? 4 : 2;
+}
+
 static void fail(const char *what) {
     fprintf(stderr, "promise broken: %s\n", what);
     abort();
@@ -96,7 +100,7 @@ static bw_matrix view(tape *t, ptrdiff_t rows, ptrdiff_t cols) {
     bw_matrix m = {NULL, rows, cols, 0, 0, (bw_dtype)draw(t, 3)};
     unsigned odd = draw(t, 64);
     if (odd == 63) m.dtype = (bw_dtype)7;
-    ptrdiff_t width = m.dtype == BW_F32 ? 4 : 2, span = 1, first = 0, n;
+    ptrdiff_t width = (ptrdiff_t)width_of(m.dtype), span = 1, first = 0, n;
     int small = rows >= 0 && cols >= 0 && !__builtin_mul_overflow(rows, cols, &n) && n <= MOST_BYTES / 8;
     switch (draw(t, 6)) {
     case 0: m.row_stride = 1, m.col_stride = rows; break;
@@ -203,10 +207,6 @@ static float *hessian(tape *t, ptrdiff_t n) {
     return h;
 }
 
-static size_t width_of(bw_dtype dtype) {
-    return dtype == BW_F32 ? 4 : 2;
-}
-
 static int call_storing(tape *t, int which) {
     ptrdiff_t rows = size(t, 9), cols = size(t, which == 2 ? 150 : 300);
     bw_layout layout;
@@ -285,7 +285,8 @@ static int call_loss(tape *t, int which) {
     return status;
 }
 
-static int call_search(tape *t) {
+static int call_search(tape *t, int unused) {
+    (void)unused;
     ptrdiff_t rows = size(t, 6), cols = size(t, 200);
     bw_matrix weight = view(t, rows, cols), importance = view(t, rows, cols);
     bw_scheme schemes[6];
@@ -302,7 +303,8 @@ static int call_search(tape *t) {
     return status;
 }
 
-static int call_hessian(tape *t) {
+static int call_hessian(tape *t, int unused) {
+    (void)unused;
     ptrdiff_t tokens = size(t, 20), cols = size(t, 70), other = size(t, 70);
     int cross = (int)draw(t, 2);
     bw_matrix x = view(t, tokens, cols), y = view(t, larger(tokens, draw(t, 32) == 31), other);
@@ -314,7 +316,8 @@ static int call_hessian(tape *t) {
     return bw_hessian_add(&x, cross ? &y : NULL, draw(t, 2) ? weights : NULL, h);
 }
 
-static int call_align(tape *t) {
+static int call_align(tape *t, int unused) {
+    (void)unused;
     ptrdiff_t rows = size(t, 9), cols = size(t, 90);
     bw_matrix weight = view(t, rows, cols);
     float *h = hessian(t, cols), *c = hessian(t, cols);
@@ -365,49 +368,60 @@ static int call_pack(tape *t, int unpack) {
     return status;
 }
 
+static int call_layout(tape *t, int unused) {
+    (void)unused;
+    bw_scheme s = scheme(t);
+    bw_layout layout;
+    ptrdiff_t rows = size(t, 1000), cols = size(t, 1000);
+    bw_status status = bw_scheme_layout(&s, rows, cols, &layout);
+    if (!status && (layout.n_bytes < 0 || layout.row_bytes < 0 || layout.n_groups < 0)) fail("sizes are not negative");
+    return status;
+}
+
+static int call_mirror(tape *t, int unused) {
+    (void)unused;
+    ptrdiff_t side = size(t, 90);
+    float *h = array(t, side < 0 || side > 1000 ? 0 : side * side);
+    return side > 1000 && side < (ptrdiff_t)1 << 33 ? BW_OK : bw_mirror_upper(side, h);
+}
+
+static const struct {
+    const char *name;
+    int (*call)(tape *, int which);
+    int which;
+} calls[N_CALLS] = {{"scheme_layout", call_layout, 0},
+                    {"quantize_rtn", call_storing, 0},
+                    {"quantize_clip", call_storing, 1},
+                    {"quantize_gptq", call_storing, 2},
+                    {"encode", call_storing, 3},
+                    {"dequantize", call_reading, 0},
+                    {"dequantize_rows", call_reading, 1},
+                    {"matmul", call_reading, 2},
+                    {"cross_entropy", call_loss, 0},
+                    {"kl_divergence", call_loss, 1},
+                    {"total", call_loss, 2},
+                    {"search", call_search, 0},
+                    {"hessian_add", call_hessian, 0},
+                    {"mirror_upper", call_mirror, 0},
+                    {"align", call_align, 0},
+                    {"train_forward", call_rounding, 0},
+                    {"train_backward", call_rounding, 1},
+                    {"pack", call_pack, 0},
+                    {"unpack", call_pack, 1}};
+
 int call_from_bytes(const uint8_t *bytes, size_t n, const char **named) {
-    static const char *const names[N_CALLS] = {
-        "scheme_layout", "quantize_rtn",  "quantize_clip",  "quantize_gptq", "encode", "dequantize",  "dequantize_rows",
-        "matmul",        "cross_entropy", "kl_divergence",  "total",         "search", "hessian_add", "mirror_upper",
-        "align",         "train_forward", "train_backward", "pack",          "unpack"};
     tape t = {bytes, bytes + n};
     unsigned which = draw(&t, N_CALLS);
-    *named = names[which];
-    int status;
-    switch (which) {
-    case 0: {
-        bw_scheme s = scheme(&t);
-        bw_layout layout;
-        ptrdiff_t rows = size(&t, 1000), cols = size(&t, 1000);
-        status = bw_scheme_layout(&s, rows, cols, &layout);
-        if (!status && (layout.n_bytes < 0 || layout.row_bytes < 0 || layout.n_groups < 0))
-            fail("sizes are not negative");
-        break;
-    }
-    case 1: status = call_storing(&t, 0); break;
-    case 2: status = call_storing(&t, 1); break;
-    case 3: status = call_storing(&t, 2); break;
-    case 4: status = call_storing(&t, 3); break;
-    case 5: status = call_reading(&t, 0); break;
-    case 6: status = call_reading(&t, 1); break;
-    case 7: status = call_reading(&t, 2); break;
-    case 8: status = call_loss(&t, 0); break;
-    case 9: status = call_loss(&t, 1); break;
-    case 10: status = call_loss(&t, 2); break;
-    case 11: status = call_search(&t); break;
-    case 12: status = call_hessian(&t); break;
-    case 13: {
-        ptrdiff_t side = size(&t, 90);
-        float *h = array(&t, side < 0 || side > 1000 ? 0 : side * side);
-        status = side > 1000 && side < (ptrdiff_t)1 << 33 ? BW_OK : bw_mirror_upper(side, h);
-        break;
-    }
-    case 14: status = call_align(&t); break;
-    case 15: status = call_rounding(&t, 0); break;
-    case 16: status = call_rounding(&t, 1); break;
-    case 17: status = call_pack(&t, 0); break;
-    default: status = call_pack(&t, 1);
-    }
+    *named = calls[which].name;
+    int status = calls[which].call(&t, calls[which].which);
     release_all();
     return status;
+}
+
+void make_up(uint64_t *random, uint8_t *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) bytes[i] = (uint8_t)(step(random) >> 29);
+}
+
+uint64_t first_random(const char *seed) {
+    return strtoull(seed, NULL, 10) * 0x9e3779b97f4a7c15u + 1;
 }

@@ -12,4 +12,8 @@ enum { N_CALLS = 19 };
  * the core promises of every call is checked: abort() otherwise. `named` is set to the function's name. */
 int call_from_bytes(const uint8_t *bytes, size_t n, const char **named);
 
+/* Bytes of a made-up call, from a random state that it moves on; the first state of a seed, written as a number. */
+void make_up(uint64_t *random, uint8_t *bytes, size_t n);
+uint64_t first_random(const char *seed);
+
 #endif

@@ -36,15 +36,12 @@ void __wrap_free(void *p) {
 int main(int argc, char **argv) {
     if (argc != 3) return fprintf(stderr, "COUNT SEED\n"), 2;
     if (bw_choose_isa(NULL)) return 2;
-    uint64_t random = strtoull(argv[2], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
+    uint64_t random = first_random(argv[2]);
     place = BEFORE_GUARD;
     long reported = 0;
     for (long i = 0; i < atol(argv[1]); i++) {
         uint8_t bytes[96];
-        for (size_t k = 0; k < sizeof bytes; k++) {
-            random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-            bytes[k] = (uint8_t)(random >> 29);
-        }
+        make_up(&random, bytes, sizeof bytes);
         const char *name;
         fail_at = 0;
         call_from_bytes(bytes, sizeof bytes, &name); /* lazily made things are made now */

@@ -13,17 +13,14 @@ int main(int argc, char **argv) {
     if (bw_choose_isa(argv[3])) return fprintf(stderr, "this machine has no %s\n", argv[3]), 2;
     bw_set_num_threads(atoi(argv[4]));
     const char *watched = getenv("BITWEEN_TEST_HEAP");
-    uint64_t random = strtoull(argv[2], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
+    uint64_t random = first_random(argv[2]);
     struct {
         const char *name;
         long calls, accepted;
     } tally[N_CALLS] = {0};
     for (long i = 0; i < atol(argv[1]); i++) {
         uint8_t bytes[96];
-        for (size_t k = 0; k < sizeof bytes; k++) {
-            random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-            bytes[k] = (uint8_t)(random >> 29);
-        }
+        make_up(&random, bytes, sizeof bytes);
         unsigned which = bytes[0] % N_CALLS;
         place = watched ? ON_HEAP : i % 2 ? BEFORE_GUARD : AFTER_GUARD;
         int status = call_from_bytes(bytes, sizeof bytes, &tally[which].name);
