@@ -55,8 +55,10 @@ fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sani
 soak: $(VENV)/bitween.stamp  ## kill and resume 50 runs at random moments and compare their bytes (10 minutes)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed
 
-bench: $(VENV)/bitween.stamp  ## run the benchmarks
-	set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(VENV)/bitween.stamp $(MODEL)/config.json  ## run the benchmarks of speed; those of damage need a text: docs/planning.md, docs/quantizers.md
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/matmul.py
+	$(BIN)/python benchmarks/generate.py $(MODEL)
 
 clean:  ## remove everything that the other commands made, the environment too
 	rm -rf $(VENV) build dist demo-output bitween/_lib bitween/_core*.so *.egg-info
