@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterator
 CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate", "pwrite")
 
 
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: Ctrl-C reaches the child though whoever started the tests ignores it, as a shell's `&` does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def in_child(work: Callable[[], object], kill_after: float | None = None, timeout: float = 60) -> int:
     """Run `work` in a forked child; its exit status: 0, 1 after an exception, -9 when killed.
 

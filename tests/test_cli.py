@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import faults
+
 MODEL = str(Path(__file__).parent / "tiny" / "model")
 
 
@@ -52,7 +54,13 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
         "--calibration-samples", "8", "--evaluation-samples", "16",
     ]  # fmt: skip
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "bitween", *command], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitween", *command],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=faults.hear_ctrl_c,
+    )
     steps = tmp_path / "out.journal" / "steps.jsonl"
     while not (steps.exists() and steps.stat().st_size):
         assert process.poll() is None, process.stderr.read()

@@ -271,7 +271,9 @@ def test_row_34_ctrl_c_reaches_python_while_workers_sleep():
     )
     import signal
 
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, preexec_fn=faults.hear_ctrl_c
+    )
     assert child.stdout.readline() == "ready\n"
     start = time.monotonic()
     child.send_signal(signal.SIGINT)
