@@ -13,7 +13,7 @@
  *   digits:  128 bytes of whole numbers a unit, in the order that suits the instruction set; then, one fp32 a cell and
  *            padded with zeros to 16: the scales t; the sums of n */
 
-enum { UNIT = 64, ROWS_AT_ONCE = 4, TOKENS_AT_ONCE = 4, OUT_STRIDE = BW_FEW_ROWS };
+enum { UNIT = 64, ROWS_AT_ONCE = 4, TOKENS_AT_ONCE = 4, OUT_STRIDE = BW_FEW_ROWS, AHEAD = 4096, CACHE_LINE = 64 };
 
 static inline ptrdiff_t padded_cells(ptrdiff_t n) {
     return (n + 15) / 16 * 16;
@@ -70,6 +70,7 @@ typedef struct {
     float *scales; /* digits: (TOKENS_AT_ONCE, ROWS_AT_ONCE, cells), times the token's; exact: (ROWS_AT_ONCE, cells) */
     float *zeros;  /* exact: (ROWS_AT_ONCE, cells) */
     ptrdiff_t stride;
+    ptrdiff_t ahead;        /* bytes of codes to those that are fetched meanwhile, 0 at the end */
     bw_reader reader;       /* of dense codes of this width */
     bw_vf smallest, poison; /* of all scales so far; poison turns NaN when one is not finite */
 } row_block;
@@ -98,6 +99,23 @@ static inline void open_rows(const bw_few *job, ptrdiff_t row, char *copies, row
         p->zeros = readable(w->zeros, at * l->row_zero_bytes, l->row_zero_bytes, job->zero_reach,
                             w->rows * l->row_zero_bytes, 0, copies + job->reach + job->scale_reach);
     }
+}
+
+static inline void fetch(const void *array, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += CACHE_LINE) __builtin_prefetch((const char *)array + i, 0, 2);
+}
+
+/* Rows are short for the machine to see a stream in each, so it is told what is due next: scales and zeros now, codes
+ * along the way, `ahead` bytes before they are read. Into the second cache: the first has room for fewer misses at once
+ * than the memory's speed takes. Measured: 11008 x 4096 of 4 bits in .55 of the time. */
+static inline void look_ahead(const bw_few *job, ptrdiff_t row, row_block *b) {
+    const bw_quantized *w = job->weight;
+    const bw_layout *l = job->layout;
+    ptrdiff_t n = (AHEAD / (ROWS_AT_ONCE * l->row_bytes) + 1) * ROWS_AT_ONCE;
+    b->ahead = row + n + ROWS_AT_ONCE <= w->rows ? n * l->row_bytes : 0;
+    if (!b->ahead) return;
+    fetch(w->scales + (row + n) * l->n_groups, ROWS_AT_ONCE * l->n_groups * 2);
+    if (!w->scheme.symmetric) fetch(w->zeros + (row + n) * l->row_zero_bytes, ROWS_AT_ONCE * l->row_zero_bytes);
 }
 
 /* How to find scales and zeros of cells c .. c+15 in a row. `wider`: groups are larger than cells. */
@@ -214,8 +232,11 @@ BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t toke
     ptrdiff_t units = ternary ? 5 : 1, bytes = ternary ? UNIT : 8 * job->bits, at = 0;
     for (ptrdiff_t first = 0; first < job->n_units; first += units, at += bytes) {
         bw_span spans[ROWS_AT_ONCE];
-        for (int r = 0; r < ROWS_AT_ONCE; r++)
-            spans[r] = ternary ? bw_open_ternary(b->rows[r].codes + at) : bw_open_dense(b->rows[r].codes + at, &reader);
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            const uint8_t *codes = b->rows[r].codes + at;
+            __builtin_prefetch(codes + b->ahead, 0, 2);
+            spans[r] = ternary ? bw_open_ternary(codes) : bw_open_dense(codes, &reader);
+        }
         for (int k = 0; k < units && first + k < job->n_units; k++)
             for (int r = 0; r < ROWS_AT_ONCE; r++) {
                 bw_codes codes = ternary ? bw_take_ternary(&spans[r], k, &reader) : bw_take_dense(&spans[r], &reader);
@@ -266,6 +287,7 @@ static bw_status multiply_rows(const bw_few *job, ptrdiff_t row, ptrdiff_t n, pt
     char *copies = (char *)(b.scales + ROWS_AT_ONCE * TOKENS_AT_ONCE * b.stride);
     for (ptrdiff_t first = 0; first < n; first += ROWS_AT_ONCE) {
         open_rows(job, row + first, copies, &b);
+        look_ahead(job, row + first, &b);
         ptrdiff_t token = 0;
         for (; token + 4 <= n_tokens; token += 4) multiply_four(job, &b, token, out + token * OUT_STRIDE + first);
         for (; token < n_tokens; token++) multiply_one(job, &b, token, out + token * OUT_STRIDE + first);
