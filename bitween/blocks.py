@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from bitween import tiles
 from bitween.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts
 from bitween.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
@@ -47,12 +48,6 @@ def inspect(model: nn.Module) -> ModelLayout:
     with settled(model), torch.no_grad():
         tail = replay.find_tail(_probe_ids(embedding))
     return ModelLayout(embedding, blocks, tuple((names[module], module) for module in tail), head, others, kept)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware, as far as this torch can tell."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # torch versions before it existed say nothing
-    return any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class BlockRunner:
@@ -91,7 +86,7 @@ class BlockRunner:
         self.model = _unwrap(model)
         self.layout = layout
         self.device = next(self.model.parameters()).device
-        bf16 = self.device.type != "cpu" or cpu_has_bf16()
+        bf16 = self.device.type != "cpu" or tiles.cpu_has_bf16()
         self.products = ("bf16" if bf16 else "fp32") if products == "auto" else products
         self._replay = Replay(self.model, [block.name for block in layout.blocks], layout.head.name)
         self._contexts: dict[tuple, Context] = {}

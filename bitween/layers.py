@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from . import _core
+from . import _core, tiles
 from ._threads import follow_torch
 from .decoding import decode
 from .functional import quantize
@@ -18,6 +18,7 @@ from .scheme import Scheme
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "packed_layers", "set_matmul_mode"]
 
+_FEW_ROWS = 16  # that the core multiplies straight from the packed codes
 _BACKWARD_WEIGHTS = 1 << 22  # weights that one step of the backward pass unpacks: 16 MiB as fp32
 
 
@@ -99,14 +100,11 @@ class _Product(torch.autograd.Function):
 
 def _times_weight(grad: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     """grad (m, rows) W, unpacking as many rows of W at a time as fit a fixed size; fp32 sums between them."""
-    q, step = layer.quantized, max(1, _BACKWARD_WEIGHTS // max(1, layer.in_features))
+    step = max(1, _BACKWARD_WEIGHTS // max(1, layer.in_features))
     total = torch.zeros(grad.shape[0], layer.in_features, dtype=torch.float32)
     for first in range(0, layer.out_features, step):
-        part = slice(first, min(first + step, layer.out_features))
-        zeros = None if q.zeros is None else q.zeros[part]
-        shape = (part.stop - part.start, layer.in_features)
-        weight = QuantizedTensor(q.codes[part], q.scales[part], zeros, q.scheme, shape).dequantize(grad.dtype)
-        total += grad[:, part] @ weight
+        last = min(first + step, layer.out_features)
+        total += grad[:, first:last] @ layer.quantized.row_range(first, last).dequantize(grad.dtype)
     return total.to(grad.dtype)
 
 
@@ -127,7 +125,8 @@ class QuantizedLinear(_Packed):
     ----------
     mode : "int16" (default), "int8" or "exact", as in `QuantizedTensor.matmul`: how up to 16 rows are multiplied.
         Rounding activations to 16 bits adds less than a thousandth of the damage that the weights' rounding does;
-        8 bits are quicker still and do more. More rows are always multiplied as they are.
+        8 bits are quicker still and do more. More rows are always multiplied as they are; those in bfloat16 with
+        weights that are rounded to bfloat16, where the CPU has such products.
     """
 
     bias: nn.Parameter | None
@@ -206,6 +205,9 @@ class QuantizedLinear(_Packed):
             x = as_input(x).contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
         bias = None if bias is None else bias.detach()
+        if x.dtype is torch.bfloat16 and x.numel() > _FEW_ROWS * self.in_features and tiles.cpu_has_bf16():
+            tiles.product(x, self.quantized, bias, out)
+            return out
         key = self.scheme.key
         _core.matmul(x, *self._packed(), key, self.in_features, bias, out, self._mode_number)
         return out

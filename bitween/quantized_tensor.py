@@ -71,6 +71,12 @@ class QuantizedTensor:
         stream = np.unpackbits(np.asarray(self.zeros), axis=1, bitorder="little")[:, : groups * bits]
         return (stream.reshape(rows, groups, bits) @ (1 << np.arange(bits))).astype(np.float32)
 
+    def row_range(self, first: int, last: int) -> QuantizedTensor:
+        """Rows first .. last-1 on the same memory."""
+        zeros = None if self.zeros is None else self.zeros[first:last]
+        shape = (last - first, self.shape[1])
+        return QuantizedTensor(self.codes[first:last], self.scales[first:last], zeros, self.scheme, shape)
+
     def dequantize(self, dtype: Any = None, out: Any = None, rows: Any = None) -> Any:
         """The matrix as numbers.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bitween
-from bitween import QuantizedEmbedding, QuantizedLinear, Scheme
+from bitween import QuantizedEmbedding, QuantizedLinear, Scheme, tiles
 from bitween.decoding import decode
 from bitween.scheme import BITS, GROUP_SIZES
 
@@ -46,8 +46,9 @@ def test_forward_equals_the_dequantized_linear(dtype, shape):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_modes(rows, dtype):
+def test_modes(rows, dtype, monkeypatch):
     """Up to 16 rows are rounded on the fly, more never; each mode is QuantizedTensor's own."""
+    monkeypatch.setattr(tiles, "cpu_has_bf16", lambda: False)
     layer = make_linear()
     x = torch.randn(rows, 130).to(dtype)
     want = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
@@ -65,6 +66,27 @@ def test_modes(rows, dtype):
     with pytest.raises(ValueError, match="mode: expected one of exact, int8, int16; got 'int4'"):
         layer.mode = "int4"
     assert layer.mode == "int8"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(17, 130), (3, 9, 130)])
+@pytest.mark.parametrize("tile_weights", [1, 7 * 130, 1 << 22])
+def test_many_bfloat16_rows_are_multiplied_in_tiles(shape, tile_weights, bias, monkeypatch):
+    monkeypatch.setattr(tiles, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(tiles, "_TILE_WEIGHTS", tile_weights)
+    layer, x = make_linear(bias=bias), torch.randn(shape).bfloat16()
+    y = layer(x)
+    weight, added = layer.dequantize(torch.bfloat16), layer.bias.bfloat16().double() if bias else None
+    want = nn.functional.linear(x.double(), weight.double(), added)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=2**-8)  # product and sum may be rounded apart
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            assert torch.equal(layer(x), y)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_forward_takes_strided_inputs():
