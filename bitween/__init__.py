@@ -30,6 +30,8 @@ _PUBLIC = {
     "search": "functional",
     "cross_entropy": "functional",
     "kl_divergence": "functional",
+    "head_cross_entropy": "head",
+    "head_kl_divergence": "head",
     "mean": "functional",
     "info": "functional",
     "set_num_threads": "_threads",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .blocks import BlockRunner, Layer
+from .head import position_blocks
 from .quantized_tensor import QuantizedTensor
 
 __all__ = ["Correction", "distill", "rescaled"]
@@ -26,7 +27,6 @@ __all__ = ["Correction", "distill", "rescaled"]
 # damage: 2e-3 is best at 3 bits (.37 nats) and makes 5 bits (.02) worse, where 2.5e-4 still helps.
 _PACE, _FASTEST = 3.4e-3, 2e-3
 _WARM_UP = 4  # steps
-_HEAD_TOKENS = 256  # positions whose logits are held at once
 _LARGEST = 1.5  # of a factor, and its inverse
 
 
@@ -129,8 +129,7 @@ def _backward(runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logi
         hidden = runner.run_block(i, hidden, context, grad=True)
     final = runner.final(hidden, grad=True)
     leaf, total = final.detach().requires_grad_(), 0.0
-    for first in range(0, len(ids), _HEAD_TOKENS):
-        part = slice(first, first + _HEAD_TOKENS)
+    for part in position_blocks(len(ids)):
         with torch.no_grad():
             expected = logits_of(target[part]).log_softmax(-1)
         with torch.enable_grad():

@@ -125,5 +125,4 @@ class GradualContext:
             return self.runner.logits(final).float()
 
     def _likelihood(self, window: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-        logits = self.reference_logits(final[:-1])
-        return -torch.as_tensor(bitween.cross_entropy(logits, window[1:]))
+        return -torch.as_tensor(bitween.head_cross_entropy(self.reference_logits, final[:-1], window[1:]))

@@ -8,7 +8,7 @@ small damage, cancels: base + head(h_q - h) + (W_q - W) h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 
 import bitween
 from bitween import blocks
+from bitween.head import position_blocks
 
 from . import certificate
 from .context import GradualContext, Reference
 from .utils import budget_nats, perplexity_increase
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
-
-_HEAD_TOKENS = 256  # logits held at a time
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class GradualEvaluator:
                 self._score_rows(
                     ref[:-1][::stride][part], cand[:-1][::stride][part], targets[part], known[part], change
                 )
-                for part in _parts(len(targets))
+                for part in position_blocks(len(targets))
             ]
             rows.append([np.concatenate(kind) for kind in zip(*scored, strict=True)])
         return tuple(np.stack(kind).astype(np.float64) for kind in zip(*rows, strict=True))
@@ -249,11 +248,6 @@ def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Te
         return None
     delta = (weight.float() - reference.weight.float()).to(torch.bfloat16)
     return delta if delta.any() else None
-
-
-def _parts(count: int) -> Iterator[slice]:
-    for first in range(0, count, _HEAD_TOKENS):
-        yield slice(first, min(first + _HEAD_TOKENS, count))
 
 
 def _mean(values: np.ndarray) -> float:
