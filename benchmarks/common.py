@@ -19,6 +19,7 @@ import torch
 import bitween
 
 RESULTS = Path(__file__).parent / "results"
+PERFORMANCE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
 def alternate(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -64,6 +65,19 @@ def show(rows: Sequence[dict[str, object]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def write_page(page: Path, mark: str, tables: Sequence[str]) -> None:
+    """Put tables, and what they were measured on, between the marks `<!-- MARK -->` and `<!-- /MARK -->` of a page."""
+    text = page.read_text(encoding="utf-8")
+    first, last = f"<!-- {mark}: written by benchmarks/{mark}.py -->", f"<!-- /{mark} -->"
+    before, found, rest = text.partition(first)
+    _, closed, after = rest.partition(last)
+    if not found or not closed:
+        raise ValueError(f"{page}: expected the marks {first} and {last}")
+    facts = machine()
+    head = f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}, torch {facts['torch']}; {facts['date'][:10]}."
+    page.write_text(f"{before}{first}\n\n" + "\n\n".join([head, *tables]) + f"\n\n{last}{after}", encoding="utf-8")
 
 
 def save(name: str, rows: Sequence[dict[str, object]], **settings: object) -> Path:

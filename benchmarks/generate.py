@@ -1,25 +1,85 @@
-"""Tokens a second of transformers' generate, batch 1: a quantized model against the bfloat16 model it came from.
+"""Tokens a second of transformers' generate, batch 1: quantized models against the bfloat16 model they came from.
 
-    python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--tokens 48] [--rounds 5]
+    python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--isa avx2]
+        [--llama PYTHON] [--tokens 48] [--rounds 5]
 
-Both models take turns in one process. Without --quantized the model is rounded to one scheme, embedding and head
-included, since only the time counts here. "x bf16" is the median over rounds of the ratio of the two.
+All take turns in one process. One model is rounded to one scheme, embedding and head included, since only the time
+counts here; --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set.
+--llama names an interpreter with llama-cpp-python: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
+which holds bitween's own codes, in a process of its own that works only in its turn. "x bf16" is the median over
+rounds of the ratio of the two.
+
+Writes results/generate.json and the table of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import common
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
-from bitween import Bitween
+from bitween import Bitween, _core
+from bitween.export.gguf import export_gguf
 from bitween.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
+GGUF = "4b g32 sym in llama.cpp"
+
+
+class Writers:
+    """What takes turns: {name: function that writes the tokens}, {name: bytes}."""
+
+    def __init__(self, tokenizer, tokens: int) -> None:
+        self.ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+        self.options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        self.options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        self.run: dict[str, Callable[[], object]] = {}
+        self.nbytes: dict[str, int] = {}
+
+    def add(self, name: str, model: torch.nn.Module, mode: str | None = None, isa: str | None = None) -> None:
+        """A model, with few rows multiplied in a mode, on an instruction set."""
+        own = bitween.info()["isa"]
+
+        def write() -> None:
+            if mode:
+                bitween.set_matmul_mode(model, mode)
+            _core.set_isa(isa or own)
+            model.generate(self.ids, **self.options)
+            _core.set_isa(own)
+
+        self.run[name], self.nbytes[name] = write, model_bytes(model)
+
+
+def llama(stack: contextlib.ExitStack, python: str, model, tokenizer, tokens: int) -> tuple[Callable, int, str] | None:
+    """(function that has llama.cpp write the tokens, bytes of its file, version), or None where it is not installed."""
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
+    export_gguf(model, tokenizer, path)
+    script = Path(__file__).with_name("llama_generate.py")
+    command = [python, str(script), str(path), PROMPT, str(tokens), str(torch.get_num_threads())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.stdin.close)
+    version = process.stdout.readline().strip()
+    if not version:
+        return None
+
+    def write() -> None:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        if not process.stdout.readline():
+            raise RuntimeError("llama.cpp ended early")
+
+    return write, path.stat().st_size, version
 
 
 def main() -> None:
@@ -28,41 +88,50 @@ def main() -> None:
     parser.add_argument("--quantized", help="directory of the same model, quantized")
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--isa", choices=bitween.info()["isas"])
+    parser.add_argument("--llama", metavar="PYTHON", help="interpreter with llama-cpp-python")
     parser.add_argument("--tokens", type=int, default=48, help="to generate")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+
+    def rounded(bits: float, group_size: int, symmetric: bool):
+        return Bitween(original, None, bits, group_size, symmetric, embeddings=True).quantize(rtn=True)
+
+    uniform = rounded(options.bits, options.group_size, False)
+    name = str(bitween.Scheme(options.bits, options.group_size))
+    writers = Writers(tokenizer, options.tokens)
+    writers.add("original, bfloat16", original)
+    for mode in ("int16", "int8", "exact"):
+        writers.add(f"{name}, {mode}", uniform, mode)
+    if options.isa:
+        writers.add(f"{name}, int16, {options.isa}", uniform, "int16", options.isa)
     if options.quantized:
-        quantized, name = bitween.load_model(options.quantized)[0], options.quantized
-    else:
-        maker = Bitween(original, bits=options.bits, group_size=options.group_size, embeddings=True)
-        quantized, name = maker.quantize(rtn=True), str(maker.scheme)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    quiet = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, "min_new_tokens": options.tokens}
-
-    def writer(model, mode=None):
-        def write():
-            if mode:
-                bitween.set_matmul_mode(model, mode)
-            model.generate(ids, max_new_tokens=options.tokens, **quiet)
-
-        return write
-
-    modes = ("int16", "int8", "exact")
-    candidates = {"bf16": writer(original), **{mode: writer(quantized, mode) for mode in modes}}
-    seconds = common.alternate(candidates, options.rounds)
+        writers.add("mixed plan, int16", bitween.load_model(options.quantized)[0], "int16")
+    with contextlib.ExitStack() as stack:
+        if options.llama:
+            theirs = rounded(4, 32, True)
+            writers.add("4b g32 sym, int16", theirs, "int16")
+            found = llama(stack, options.llama, theirs, tokenizer, options.tokens)
+            if found is None:
+                print("llama-cpp-python: not installed", file=sys.stderr)
+            else:
+                writers.run[GGUF], writers.nbytes[GGUF], version = found
+                print("llama-cpp-python", version)
+        seconds = common.alternate(writers.run, options.rounds)
     rows = [
         {
-            "model": "original, bfloat16" if name_of == "bf16" else f"{name}, mode {name_of}",
-            "MiB": model_bytes(original if name_of == "bf16" else quantized) / 2**20,
+            "model": name,
+            "MiB": writers.nbytes[name] / 2**20,
             "tokens/s": options.tokens / statistics.median(took),
-            "x bf16": common.median_ratio(seconds["bf16"], took),
+            "x bf16": common.median_ratio(seconds["original, bfloat16"], took),
         }
-        for name_of, took in seconds.items()
+        for name, took in seconds.items()
     ]
     print(common.show(rows))
     print("written to", common.save("generate", rows, tokens=options.tokens, rounds=options.rounds))
+    common.write_page(common.PERFORMANCE, "generate", [common.show(rows)])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from pathlib import Path
 
 import common
 import torch
@@ -25,8 +24,6 @@ from bitween import QuantizedLinear, Scheme
 
 SHAPES = ((11008, 4096), (4096, 4096), (1536, 576))
 RING_BYTES = 400 << 20
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-MARKS = "<!-- matmul: written by benchmarks/matmul.py -->", "<!-- /matmul -->"
 
 
 def ring(make, nbytes: int):
@@ -155,17 +152,6 @@ def roofline(rows: list[dict[str, object]], read: float) -> None:
     figure.savefig(common.RESULTS / "roofline.svg", metadata={"Date": None})
 
 
-def write_page(tables: list[str]) -> None:
-    """Put the tables between the page's marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    machine = common.machine()
-    facts = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}"
-    body = "\n\n".join([f"{facts}; {machine['date'][:10]}.", *tables])
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{body}\n\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -183,7 +169,8 @@ def main() -> None:
     print(common.show(many))
     common.save("matmul", [*few, *many], rounds=options.rounds, read_bytes_a_second=read)
     roofline(few, read)
-    write_page([f"Reading memory: {read / 1e9:.1f} GB/s.", common.show(few), common.show(many)])
+    tables = [f"Reading memory: {read / 1e9:.1f} GB/s.", common.show(few), common.show(many)]
+    common.write_page(common.PERFORMANCE, "matmul", tables)
 
 
 if __name__ == "__main__":
