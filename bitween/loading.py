@@ -128,12 +128,12 @@ def _checked_state(files: TensorFiles, model: nn.Module, state: dict[str, Any] |
     for name in names:
         if name not in expected:
             raise files.error("not a tensor of this model", name)
-    found = {}
+    found, parameters = {}, {name for name, _ in model.named_parameters()}
     for name in names:
         if state is None and files.entries[name].shape != tuple(expected[name].shape):
             raise files.error(f"expected {tuple(expected[name].shape)}; got {files.entries[name].shape}", name)
         tensor = files.read(name) if state is None else state[name]
-        _check_tensor(files, name, tensor, expected[name], name in dict(model.named_parameters()))
+        _check_tensor(files, name, tensor, expected[name], name in parameters)
         found[name] = tensor
     for name, tensor in expected.items():
         if name in found and tensor.dtype == torch.float16 and name.endswith(".scales"):
