@@ -43,6 +43,7 @@ _PUBLIC = {
     "save_model": "saving",
     "QuantizedEmbedding": "layers",
     "set_matmul_mode": "layers",
+    "multiply_together": "together",
     "Bitween": "quantizer",
 }
 

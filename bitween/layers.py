@@ -18,7 +18,7 @@ from .scheme import Scheme
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "packed_layers", "set_matmul_mode"]
 
-_FEW_ROWS = 16  # that the core multiplies straight from the packed codes
+FEW_ROWS = 16  # that the core multiplies straight from the packed codes
 _BACKWARD_WEIGHTS = 1 << 22  # weights that one step of the backward pass unpacks: 16 MiB as fp32
 
 
@@ -205,7 +205,7 @@ class QuantizedLinear(_Packed):
             x = as_input(x).contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
         bias = None if bias is None else bias.detach()
-        if x.dtype is torch.bfloat16 and x.numel() > _FEW_ROWS * self.in_features and tiles.cpu_has_bf16():
+        if x.dtype is torch.bfloat16 and x.numel() > FEW_ROWS * self.in_features and tiles.cpu_has_bf16():
             tiles.product(x, self.quantized, bias, out)
             return out
         key = self.scheme.key

@@ -154,6 +154,11 @@ typedef enum { BW_EXACT = 0, BW_INT8 = 1, BW_INT16 = 2 } bw_mode;
  * counts as some legal one. */
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_mode mode, bw_dtype dtype,
                     void *out);
+/* The same for up to BW_MOST_TOGETHER weights: few tokens are prepared once and all threads are woken once. The same
+ * bits as one at a time. */
+enum { BW_MOST_TOGETHER = 4 };
+bw_status bw_matmul_together(const bw_matrix *x, int n, const bw_quantized *const *weights,
+                             const bw_matrix *const *biases, bw_mode mode, bw_dtype dtype, void *const *outs);
 
 /* ---- hessian.c ---- */
 /* h += xT D x for x (tokens, n), upper triangle of (n, n) only; with y (tokens, m), h += xT D y, all of (n, m).

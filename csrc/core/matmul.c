@@ -42,12 +42,31 @@ static void store_bias(const bw_product *p) {
         }
 }
 
+bw_status bw_matmul_together(const bw_matrix *x, int n, const bw_quantized *const *weights,
+                             const bw_matrix *const *biases, bw_mode mode, bw_dtype dtype, void *const *outs) {
+    bw_product products[BW_MOST_TOGETHER];
+    int n_few = 0;
+    if (n < 0 || n > BW_MOST_TOGETHER) return BW_ERR_ARGUMENT;
+    for (int i = 0; i < n; i++) { /* all are checked before anything is written */
+        products[i] = (bw_product){.x = x, .bias = biases[i], .weight = weights[i], .mode = mode, .dtype = dtype};
+        products[i].out = outs[i];
+        bw_status status = check(&products[i]);
+        if (status) return status;
+    }
+    for (int i = 0; i < n; i++) {
+        const bw_product p = products[i];
+        if (!x->rows || !p.weight->rows) continue;
+        if (!x->cols) store_bias(&p);
+        else if (x->rows <= BW_FEW_TOKENS) products[n_few++] = p; /* never ahead of i */
+        else {
+            bw_status status = bw_multiply_many(&p);
+            if (status) return status;
+        }
+    }
+    return n_few ? bw_multiply_few(products, n_few) : BW_OK;
+}
+
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_mode mode, bw_dtype dtype,
                     void *out) {
-    bw_product product = {.x = x, .bias = bias, .weight = weight, .mode = mode, .dtype = dtype, .out = out};
-    bw_status status = check(&product);
-    if (status || !x->rows || !weight->rows) return status;
-    if (x->cols) return x->rows <= BW_FEW_TOKENS ? bw_multiply_few(&product) : bw_multiply_many(&product);
-    store_bias(&product);
-    return BW_OK;
+    return bw_matmul_together(x, 1, &weight, &bias, mode, dtype, &out);
 }

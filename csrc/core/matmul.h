@@ -17,7 +17,8 @@ typedef struct {
 /* At most this many tokens are multiplied straight from the packed codes. */
 enum { BW_FEW_TOKENS = 16 };
 
-bw_status bw_multiply_few(const bw_product *product);
+/* Products with the same tokens, mode and dtype, at most BW_MOST_TOGETHER, in one parallel region. */
+bw_status bw_multiply_few(const bw_product *products, int n);
 bw_status bw_multiply_many(const bw_product *product);
 
 /* Adds the bias to sums of rows row .. row+n-1 and stores them as token `token` of the output. At most 64 rows. */

@@ -18,22 +18,30 @@ enum {
 typedef struct {
     const bw_product *product;
     bw_few few;
-    ptrdiff_t rows_per_chunk;
-    char *scratch;
-    ptrdiff_t scratch_bytes;
-    atomic_int status;
+    ptrdiff_t rows_per_chunk, first_chunk, scratch_bytes;
 } few_job;
 
+typedef struct {
+    few_job jobs[BW_MOST_TOGETHER];
+    int n_jobs;
+    char *scratch;
+    ptrdiff_t scratch_bytes; /* of one worker */
+    atomic_int status;
+} few_jobs;
+
 static void multiply_chunk(void *context, ptrdiff_t chunk, int worker) {
-    few_job *job = context;
+    few_jobs *all = context;
+    const few_job *job = all->jobs + all->n_jobs - 1;
+    while (chunk < job->first_chunk) job--;
     const bw_product *p = job->product;
-    ptrdiff_t first = chunk * job->rows_per_chunk, end = first + job->rows_per_chunk, m = p->x->rows;
+    ptrdiff_t first = (chunk - job->first_chunk) * job->rows_per_chunk, end = first + job->rows_per_chunk,
+              m = p->x->rows;
     if (end > p->weight->rows) end = p->weight->rows;
     for (ptrdiff_t row = first; row < end; row += BW_FEW_ROWS) {
         float sums[BW_FEW_TOKENS * BW_FEW_ROWS];
         ptrdiff_t n = end - row < BW_FEW_ROWS ? end - row : BW_FEW_ROWS;
-        char *scratch = job->scratch + worker * job->scratch_bytes;
-        if (bw_cpu()->multiply_rows(&job->few, row, n, m, scratch, sums)) atomic_store(&job->status, BW_ERR_SCALE);
+        char *scratch = all->scratch + worker * all->scratch_bytes;
+        if (bw_cpu()->multiply_rows(&job->few, row, n, m, scratch, sums)) atomic_store(&all->status, BW_ERR_SCALE);
         for (ptrdiff_t t = 0; t < m; t++) bw_finish_token(p, t, row, n, sums + t * BW_FEW_ROWS);
     }
 }
@@ -86,20 +94,42 @@ static void describe(few_job *job) {
     job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
 }
 
-bw_status bw_multiply_few(const bw_product *product) {
-    few_job job = {.product = product};
-    describe(&job);
-    ptrdiff_t n_chunks = (product->weight->rows - 1) / job.rows_per_chunk + 1;
+/* The tokens of an earlier product that a later one may read: both look at them in the same cells. */
+static const few_job *same_tokens(const few_jobs *all, const few_job *job) {
+    for (const few_job *other = all->jobs; other < job; other++)
+        if (!job->few.digits || other->few.cell_shift == job->few.cell_shift) return other;
+    return NULL;
+}
+
+bw_status bw_multiply_few(const bw_product *products, int n) {
+    few_jobs all = {.n_jobs = n};
+    ptrdiff_t n_chunks = 0, tokens = 0;
+    for (int i = 0; i < n; i++) {
+        few_job *job = &all.jobs[i];
+        job->product = &products[i];
+        describe(job);
+        job->first_chunk = n_chunks;
+        n_chunks += (products[i].weight->rows - 1) / job->rows_per_chunk + 1;
+        if (!same_tokens(&all, job)) tokens += bw_aligned(products->x->rows * job->few.token_bytes);
+        if (all.scratch_bytes < job->scratch_bytes) all.scratch_bytes = job->scratch_bytes;
+    }
     int n_workers = bw_n_workers(n_chunks);
-    ptrdiff_t tokens = bw_aligned(product->x->rows * job.few.token_bytes), row = bw_aligned(job.few.n_units * UNIT * 4);
-    ptrdiff_t bytes = tokens + row + n_workers * job.scratch_bytes;
+    ptrdiff_t row = bw_aligned(all.jobs->few.n_units * UNIT * 4);
+    ptrdiff_t bytes = tokens + row + n_workers * all.scratch_bytes;
     _Alignas(64) char stack[STACK_BYTES];
     char *memory = bytes <= STACK_BYTES ? stack : bw_alloc(1, bytes);
     if (!memory) return BW_ERR_MEMORY;
-    job.few.tokens = memory;
-    job.scratch = memory + tokens + row;
-    prepare_tokens(&job, memory, (float *)(memory + tokens));
-    bw_parallel_for(n_workers, n_chunks, multiply_chunk, &job);
+    char *at = memory;
+    for (int i = 0; i < n; i++) {
+        few_job *job = &all.jobs[i];
+        const few_job *other = same_tokens(&all, job);
+        job->few.tokens = other ? other->few.tokens : at;
+        if (other) continue;
+        prepare_tokens(job, at, (float *)(memory + tokens));
+        at += bw_aligned(products->x->rows * job->few.token_bytes);
+    }
+    all.scratch = memory + tokens + row;
+    bw_parallel_for(n_workers, n_chunks, multiply_chunk, &all);
     if (memory != stack) bw_free(memory);
-    return (bw_status)atomic_load(&job.status);
+    return (bw_status)atomic_load(&all.status);
 }

@@ -29,6 +29,58 @@ static int view_rows(const char *name, bw_view *view, bw_matrix *matrix) {
     return bw_view_matrix(name, view, matrix);
 }
 
+/* What one product holds on to besides the activations. */
+typedef struct {
+    bw_stored stored;
+    bw_view bias, out;
+    bw_matrix added;
+    int has_bias;
+    bw_dtype dtype;
+} bw_factor;
+
+static int acquire_factor(PyObject *const *layer, PyObject *out, const bw_view *x, const bw_matrix *activations,
+                          bw_factor *f) {
+    bw_matrix target;
+    f->has_bias = layer[5] != Py_None;
+    if (bw_stored_acquire(layer[0], layer[1], layer[2] == Py_None ? NULL : layer[2], layer[3], layer[4], &f->stored) ||
+        bw_view_acquire("out", out, BW_WRITABLE | BW_CONTIGUOUS, &f->out) || view_rows("out", &f->out, &target))
+        return -1;
+    if (f->has_bias && (bw_view_acquire("bias", layer[5], 0, &f->bias) || bw_view_expect_ndim("bias", &f->bias, 1) ||
+                        view_rows("bias", &f->bias, &f->added)))
+        return -1;
+    const int64_t x_shape[2] = {activations->rows, f->stored.tensor.cols}, bias_shape[2] = {1, f->stored.tensor.rows},
+                  out_shape[2] = {activations->rows, f->stored.tensor.rows};
+    f->dtype = target.dtype;
+    if (bw_view_expect_shape("x", x, 2, x_shape) || bw_view_expect_shape("out", &f->out, 2, out_shape)) return -1;
+    if (f->has_bias && (bw_view_expect_shape("bias", &f->bias, 2, bias_shape) ||
+                        bw_view_expect_apart("out", &f->out, "bias", &f->bias)))
+        return -1;
+    return bw_view_expect_apart("out", &f->out, "x", x) || bw_stored_expect_apart("out", &f->out, &f->stored) ? -1 : 0;
+}
+
+static void release_factor(bw_factor *f) {
+    bw_view_release(&f->out);
+    bw_view_release(&f->bias);
+    bw_stored_release(&f->stored);
+}
+
+static int multiply(const char *verb, const bw_matrix *x, const bw_factor *factors, int n, int64_t mode) {
+    const bw_quantized *weights[BW_MOST_TOGETHER];
+    const bw_matrix *biases[BW_MOST_TOGETHER];
+    void *outs[BW_MOST_TOGETHER];
+    bw_status status;
+    for (int i = 0; i < n; i++) {
+        weights[i] = &factors[i].stored.tensor;
+        biases[i] = factors[i].has_bias ? &factors[i].added : NULL;
+        outs[i] = factors[i].out.data;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = bw_matmul_together(x, n, weights, biases, (bw_mode)mode, n ? factors->dtype : BW_F32, outs);
+    Py_END_ALLOW_THREADS
+    if (status) bw_raise(verb, "codes", status);
+    return status ? -1 : 0;
+}
+
 const char bw_doc_matmul[] =
     "matmul(x, codes, scales, zeros, scheme, cols, bias, out, mode=0)\n--\n\n"
     "Write x WT + bias into `out`: x (..., cols), bias (rows,) or None, out contiguous (..., rows).\n\n"
@@ -39,36 +91,72 @@ PyObject *bw_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     static const char *const names[] = {"x",    "codes", "scales", "zeros", "scheme", "cols",
                                         "bias", "out",   "|",      "mode",  NULL};
     PyObject *v[9], *result = NULL;
-    bw_view x = {0}, bias = {0}, out = {0};
-    bw_stored stored = {0};
-    bw_matrix activations, added = {0}, target;
+    bw_view x = {0};
+    bw_factor factor = {0};
+    bw_matrix activations;
     int64_t mode = 0;
-    bw_status status;
     if (bw_parse("matmul", names, args, n_args, keywords, v) || bw_arg_int("mode", v[8], 0, 2, &mode) ||
-        bw_stored_acquire(v[1], v[2], v[3] == Py_None ? NULL : v[3], v[4], v[5], &stored) ||
-        bw_view_acquire("x", v[0], 0, &x) || view_rows("x", &x, &activations) ||
-        bw_view_acquire("out", v[7], BW_WRITABLE | BW_CONTIGUOUS, &out) || view_rows("out", &out, &target))
+        bw_view_acquire("x", v[0], 0, &x) || view_rows("x", &x, &activations))
         goto done;
-    if (v[6] != Py_None && (bw_view_acquire("bias", v[6], 0, &bias) || bw_view_expect_ndim("bias", &bias, 1) ||
-                            view_rows("bias", &bias, &added)))
-        goto done;
-    const int64_t x_shape[2] = {activations.rows, stored.tensor.cols}, bias_shape[2] = {1, stored.tensor.rows},
-                  out_shape[2] = {activations.rows, stored.tensor.rows};
-    if (bw_view_expect_shape("x", &x, 2, x_shape) || bw_view_expect_shape("out", &out, 2, out_shape) ||
-        (v[6] != Py_None &&
-         (bw_view_expect_shape("bias", &bias, 2, bias_shape) || bw_view_expect_apart("out", &out, "bias", &bias))) ||
-        bw_view_expect_apart("out", &out, "x", &x) || bw_stored_expect_apart("out", &out, &stored))
-        goto done;
-    Py_BEGIN_ALLOW_THREADS
-    status =
-        bw_matmul(&activations, &stored.tensor, v[6] == Py_None ? NULL : &added, (bw_mode)mode, target.dtype, out.data);
-    Py_END_ALLOW_THREADS
-    if (status) bw_raise("matmul", "codes", status);
-    else result = Py_NewRef(Py_None);
+    if (!acquire_factor(v + 1, v[7], &x, &activations, &factor) && !multiply("matmul", &activations, &factor, 1, mode))
+        result = Py_NewRef(Py_None);
 done:
-    bw_view_release(&out);
-    bw_view_release(&bias);
+    release_factor(&factor);
     bw_view_release(&x);
-    bw_stored_release(&stored);
+    return result;
+}
+
+const char bw_doc_matmul_together[] =
+    "matmul_together(x, layers, outs, mode=0)\n--\n\n"
+    "matmul of one x with up to 4 layers in one parallel region, the same bits as one at a time.\n\n"
+    "layers: a tuple of tuples (codes, scales, zeros, scheme, cols, bias); outs: a tuple of as many tensors, of one "
+    "dtype,\nthat share no memory.";
+
+PyObject *bw_py_matmul_together(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
+    (void)module;
+    static const char *const names[] = {"x", "layers", "outs", "|", "mode", NULL};
+    PyObject *v[4], *result = NULL;
+    bw_view x = {0};
+    bw_factor factors[BW_MOST_TOGETHER] = {0};
+    bw_matrix activations;
+    int64_t mode = 0;
+    Py_ssize_t n = 0;
+    if (bw_parse("matmul_together", names, args, n_args, keywords, v) || bw_arg_int("mode", v[3], 0, 2, &mode))
+        goto done;
+    Py_ssize_t n_layers = PyTuple_Check(v[1]) ? PyTuple_Size(v[1]) : -1,
+               n_outs = PyTuple_Check(v[2]) ? PyTuple_Size(v[2]) : -1;
+    if (n_layers < 0 || n_outs < 0) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple; got %R", n_layers < 0 ? "layers" : "outs",
+                     v[n_layers < 0 ? 1 : 2]);
+        goto done;
+    }
+    if (n_layers > BW_MOST_TOGETHER || n_outs != n_layers) {
+        PyErr_Format(PyExc_ValueError, "layers: expected at most %d, and as many outs; got %zd and %zd",
+                     BW_MOST_TOGETHER, n_layers, n_outs);
+        goto done;
+    }
+    if (bw_view_acquire("x", v[0], 0, &x) || view_rows("x", &x, &activations)) goto done;
+    for (; n < n_layers; n++) {
+        PyObject *layer = PyTuple_GetItem(v[1], n), *parts[6];
+        if (!PyTuple_Check(layer) || PyTuple_Size(layer) != 6) {
+            PyErr_Format(PyExc_TypeError, "layers: expected tuples of 6; got %R", layer);
+            goto done;
+        }
+        for (int i = 0; i < 6; i++) parts[i] = PyTuple_GetItem(layer, i);
+        if (acquire_factor(parts, PyTuple_GetItem(v[2], n), &x, &activations, &factors[n])) goto done;
+        if (factors[n].dtype != factors->dtype) {
+            PyErr_SetString(PyExc_TypeError, "outs: expected one dtype");
+            goto done;
+        }
+        for (Py_ssize_t i = 0; i < n; i++)
+            if (bw_view_expect_apart("outs", &factors[n].out, "outs", &factors[i].out) ||
+                bw_stored_expect_apart("outs", &factors[n].out, &factors[i].stored) ||
+                bw_stored_expect_apart("outs", &factors[i].out, &factors[n].stored))
+                goto done;
+    }
+    if (!multiply("matmul_together", &activations, factors, (int)n, mode)) result = Py_NewRef(Py_None);
+done:
+    for (int i = 0; i < BW_MOST_TOGETHER; i++) release_factor(&factors[i]);
+    bw_view_release(&x);
     return result;
 }

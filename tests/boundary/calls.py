@@ -81,6 +81,11 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "encode": encode,
     "dequantize": lambda r, c: {**stored(r, c), "out": floats(r, c), "rows": np.arange(r)},
     "matmul": lambda r, c: {**stored(r, c), "x": floats(7, c), "bias": floats(r), "out": floats(7, r)},
+    "matmul_together": lambda r, c: {
+        "x": floats(7, c),
+        "layers": ((*stored(r, c).values(), floats(r)),),
+        "outs": (floats(7, r),),
+    },
     "pack": lambda r, c: {"codes": codes_of(r, c), "levels": 3},
     "unpack": lambda r, c: {"packed": _core.pack(codes_of(r, c), 3), "cols": c, "levels": 3},
     "hessian_add": lambda r, c: {

@@ -404,7 +404,7 @@ def test_row_10_ranks(name):
         given = arguments(name)
         for rank in range(1, 9):
             array = given[key]
-            if rank != array.ndim and not (name == "matmul" and key in ("x", "out") and rank > 1):
+            if rank != array.ndim and not (name.startswith("matmul") and key in ("x", "out") and rank > 1):
                 shape = (array.shape[0],) if rank == 1 else (1,) * (rank - array.ndim) + array.shape
                 changed = {**given, key: Producer(array, shape=shape[-rank:] if rank > 1 else shape, strides=None)}
                 refused(name, changed, ValueError, f"^{key}: expected ")
