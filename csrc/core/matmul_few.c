@@ -12,6 +12,7 @@
 enum {
     UNIT = 64,              /* columns, see kernels/product.h */
     CHUNK_WORK = 1 << 16,   /* products in a chunk: a few microseconds */
+    BYTES_AHEAD = 4096,     /* of codes: what the memory delivers in its latency, and some more */
     STACK_BYTES = 48 * 1024 /* most calls of a model of a few billion weights need no allocation */
 };
 
@@ -62,6 +63,15 @@ static ptrdiff_t padded(ptrdiff_t n) {
     return (n + 15) / 16 * 16;
 }
 
+static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) {
+    return a < b ? a : b;
+}
+
+/* How many of the first rows have `reach` bytes from their start on in an array of `rows` times `row_bytes`. */
+static ptrdiff_t rows_with(ptrdiff_t reach, ptrdiff_t row_bytes, ptrdiff_t rows) {
+    return rows * row_bytes < reach ? 0 : rows - (reach - 1) / row_bytes;
+}
+
 static void describe(few_job *job) {
     const bw_product *p = job->product;
     bw_few *few = &job->few;
@@ -82,6 +92,12 @@ static void describe(few_job *job) {
     few->reach = bw_aligned(codes + 64);
     few->scale_reach = bw_aligned((p->layout.n_groups + 16) * 2);
     few->zero_reach = bw_aligned(p->layout.row_zero_bytes + 64);
+    few->direct_rows = least(rows_with(few->reach, p->layout.row_bytes, p->weight->rows),
+                             rows_with(few->scale_reach, p->layout.n_groups * 2, p->weight->rows));
+    if (!p->weight->scheme.symmetric)
+        few->direct_rows =
+            least(few->direct_rows, rows_with(few->zero_reach, p->layout.row_zero_bytes, p->weight->rows));
+    few->rows_ahead = (BYTES_AHEAD / (4 * p->layout.row_bytes) + 1) * 4;
     few->token_bytes = few->n_units * UNIT * 4;
     if (few->digits) few->token_bytes = bw_aligned(few->n_units * UNIT * 2 + padded(few->n_cells) * 8);
     for (int i = 0; i < 16; i++) {

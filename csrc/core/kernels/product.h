@@ -13,7 +13,7 @@
  *   digits:  128 bytes of whole numbers a unit, in the order that suits the instruction set; then, one fp32 a cell and
  *            padded with zeros to 16: the scales t; the sums of n */
 
-enum { UNIT = 64, ROWS_AT_ONCE = 4, TOKENS_AT_ONCE = 4, OUT_STRIDE = BW_FEW_ROWS, AHEAD = 4096, CACHE_LINE = 64 };
+enum { UNIT = 64, ROWS_AT_ONCE = 4, TOKENS_AT_ONCE = 4, OUT_STRIDE = BW_FEW_ROWS, CACHE_LINE = 64 };
 
 static inline ptrdiff_t padded_cells(ptrdiff_t n) {
     return (n + 15) / 16 * 16;
@@ -89,6 +89,13 @@ static inline const void *readable(const void *array, ptrdiff_t first, ptrdiff_t
 static inline void open_rows(const bw_few *job, ptrdiff_t row, char *copies, row_block *b) {
     const bw_quantized *w = job->weight;
     const bw_layout *l = job->layout;
+    if (row + ROWS_AT_ONCE <= job->direct_rows) {
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+            b->rows[r] = (stored_row){w->codes + (row + r) * l->row_bytes,
+                                      w->scheme.symmetric ? NULL : w->zeros + (row + r) * l->row_zero_bytes,
+                                      w->scales + (row + r) * l->n_groups};
+        return;
+    }
     for (int r = 0; r < ROWS_AT_ONCE; r++, copies += job->reach + job->scale_reach + job->zero_reach) {
         ptrdiff_t at = row + r < w->rows ? row + r : w->rows - 1, scale_bytes = l->n_groups * 2;
         stored_row *p = &b->rows[r];
@@ -111,7 +118,7 @@ static inline void fetch(const void *array, ptrdiff_t n) {
 static inline void look_ahead(const bw_few *job, ptrdiff_t row, row_block *b) {
     const bw_quantized *w = job->weight;
     const bw_layout *l = job->layout;
-    ptrdiff_t n = (AHEAD / (ROWS_AT_ONCE * l->row_bytes) + 1) * ROWS_AT_ONCE;
+    ptrdiff_t n = job->rows_ahead;
     b->ahead = row + n + ROWS_AT_ONCE <= w->rows ? n * l->row_bytes : 0;
     if (!b->ahead) return;
     fetch(w->scales + (row + n) * l->n_groups, ROWS_AT_ONCE * l->n_groups * 2);

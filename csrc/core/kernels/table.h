@@ -32,6 +32,8 @@ typedef struct {
     ptrdiff_t token_bytes;
     ptrdiff_t n_units, n_cells;
     ptrdiff_t reach, scale_reach, zero_reach; /* bytes that kernels may read from the start of a row's array */
+    ptrdiff_t direct_rows;                    /* the first so many rows may be read that far where they are */
+    ptrdiff_t rows_ahead;                     /* those of later rows that are fetched into the cache meanwhile */
     int digits;                               /* bytes of a rounded activation; 0 = exact */
     int bits;                                 /* of a dense code, or of a zero */
     float zero;                               /* of a symmetric scheme */
