@@ -113,6 +113,7 @@ class BitweenQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        _check_all(model)
         warnings.warn("written in bitween's own format: `import bitween` before loading it", stacklevel=3)
         return None, {}
 
@@ -128,6 +129,7 @@ class _CompressedTensorsWriter(BitweenQuantizer):
     """Makes `save_pretrained` write compressed-tensors instead."""
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        _check_all(model)
         return compressed_tensors.state_dict(model), {}
 
 
@@ -216,6 +218,12 @@ def swap(model: nn.Module, plan: dict[str, Scheme]) -> None:
                     bias = getattr(model.get_submodule(tied), "bias", None)
                     model.set_submodule(tied, QuantizedLinear.tied_to(new, bias))
     _untie(model)
+
+
+def _check_all(model: nn.Module) -> None:
+    """What could not be loaded again is not written."""
+    for name in plan_of(model):
+        check_stored(model.get_submodule(name), name)
 
 
 def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> None:

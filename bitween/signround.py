@@ -194,9 +194,11 @@ def train_block(
     checks = {max(1, steps * part // 4) for part in (2, 3, 4)}
     with torch.enable_grad():
         for k in range(steps):
-            loss(k % len(batches), True).backward()
-            for r in rounding.values():
-                r.step((1 - k / steps) / steps)
+            error = loss(k % len(batches), True)
+            if error.isfinite():  # what a broken step says about the gradient would spoil every later one
+                error.backward()
+                for r in rounding.values():
+                    r.step((1 - k / steps) / steps)
             if k + 1 in checks and (now := measure()) < least:
                 least, best = now, {name: r.state() for name, r in rounding.items()}
     if least < before:

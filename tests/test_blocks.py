@@ -51,7 +51,7 @@ def test_layout_of_llama():
         layout.layer("nothing")
 
 
-def test_tied_head_is_one_item():
+def test_row_13_tied_head_is_one_item():
     layout = inspect(make("llama", tie_word_embeddings=True))
     assert layout.tied
     assert layout.embedding.shared == ("lm_head",)
@@ -60,7 +60,7 @@ def test_tied_head_is_one_item():
     assert layout.layer("lm_head") is layout.embedding
 
 
-def test_a_linear_used_twice_counts_once():
+def test_row_14_a_linear_used_twice_counts_once():
     model = make("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp
     model.model.layers[1].self_attn.v_proj.weight = model.model.layers[1].self_attn.k_proj.weight
@@ -71,7 +71,7 @@ def test_a_linear_used_twice_counts_once():
     assert short(layer.name for layer in layout.blocks[2].layers) == ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def test_conv1d_is_given_as_outputs_by_inputs():
+def test_row_18_conv1d_is_given_as_outputs_by_inputs():
     model = make("gpt2")
     layer = inspect(model).layer("transformer.h.0.mlp.c_fc")
     assert isinstance(layer.module, Conv1D)
@@ -128,7 +128,7 @@ def test_quantized_layers_count_as_layers():
 # ---- bad models -----------------------------------------------------------------------------------
 
 
-def test_models_that_cannot_be_used_are_refused():
+def test_row_18_models_that_cannot_be_used_are_refused():
     with pytest.raises(ValueError, match="output head"):
         inspect(LlamaModel(make("llama").config))
     with torch.device("meta"):
@@ -141,7 +141,7 @@ def test_models_that_cannot_be_used_are_refused():
         inspect(model)
 
 
-def test_a_model_without_linear_layers_is_refused():
+def test_row_18_a_model_without_linear_layers_is_refused():
     class Table(nn.Module):
         def __init__(self):
             super().__init__()
@@ -154,7 +154,7 @@ def test_a_model_without_linear_layers_is_refused():
         inspect(Table())
 
 
-def test_several_devices_are_named(monkeypatch):
+def test_row_18_several_devices_are_named(monkeypatch):
     model = make("llama")
     weight = model.model.norm.weight
 
@@ -334,7 +334,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_comes_back_as_it_was(fails):
+def test_row_18_the_model_comes_back_as_it_was(fails):
     model = make("llama", attention_dropout=0.5)
     model.train()
     model.model.layers[1].eval()

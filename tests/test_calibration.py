@@ -263,7 +263,7 @@ def test_begin_token_begins_every_window():
     assert splits.report["begins_with"] == [1]
 
 
-def test_fewer_windows_than_asked_for_warns_and_is_reported():
+def test_row_19_fewer_windows_than_asked_for_warns_and_is_reported():
     with pytest.warns(UserWarning, match="windows of") as caught:
         splits = make(book(), counts=(20, 5, 1000))
     assert any("of 1000 asked for" in str(warning.message) for warning in caught)
@@ -279,14 +279,14 @@ def test_a_split_of_no_windows_is_empty():
     assert len(splits.calibration) == 20
 
 
-def test_repeated_documents_cannot_leak_from_one_split_to_another():
+def test_row_22_repeated_documents_cannot_leak_from_one_split_to_another():
     with pytest.warns(UserWarning, match="12 documents occur more than once"):
         splits = make(book() * 2, counts=(20, 5, 30))
     letters = [set(part.ids.flatten().tolist()) for part in parts(splits)]
     assert disjoint(letters)
 
 
-def test_too_little_text():
+def test_row_19_too_little_text():
     with pytest.raises(ValueError, match=r"0 of 55 windows of 2048 tokens usable.*1200 tokens in 12 documents"):
         make(book(), length=2048)
     with pytest.raises(ValueError, match=r"of 36 windows.*none for"):
@@ -334,7 +334,7 @@ def test_token_windows_are_split_by_row():
     assert len(torch.cat([part.document for part in parts(splits)]).unique()) == 55
 
 
-def test_long_token_windows_are_cut():
+def test_row_19_long_token_windows_are_cut():
     splits = prepare(None, rows(12, 35).to(torch.int32), length=10, calibration=12, selection=3, certification=18)
     for part in parts(splits):
         assert part.ids.shape[1] == 10
@@ -351,7 +351,7 @@ def test_short_token_windows_keep_their_length():
 
 @pytest.mark.parametrize(("pad", "eos"), [(5, 1), (1, 1)])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_token_windows_are_left_out(pad, eos, side):
+def test_row_20_padded_token_windows_are_left_out(pad, eos, side):
     source = rows(12, 10, first=100)
     source[3, :4] = source[7, 6:] = pad
     if side == "left":

@@ -1,6 +1,7 @@
 """Checkpoints from strangers: each damaged file loads as it was saved or raises CheckpointError, nothing else."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -73,7 +74,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("name", BAD_HEADERS)
-def test_bad_headers_are_refused(name, tmp_path):
+def test_row_25_bad_headers_are_refused(name, tmp_path):
     header, message = BAD_HEADERS[name]
     write_raw(tmp_path / "model.safetensors", header, b"abcd")
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -83,7 +84,7 @@ def test_bad_headers_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("n", [0, 7, 8, 9])
-def test_short_files_are_refused(n, tmp_path):
+def test_row_25_short_files_are_refused(n, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x40" + bytes(n - 1) if n else b"")
     with pytest.raises(CheckpointError, match="not a whole"):
         TensorFiles(tmp_path)
@@ -101,8 +102,39 @@ def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path):
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ((2**32, 2**32), (0, 0)),  # wraps to exactly 0 in 64 bits
+        ((2**31, 2**33), (0, 4)),
+        ((2**63,), (0, 4)),
+        ((2**64 + 4,), (0, 4)),  # wraps to 4
+        ((4,), (2**64, 2**64 + 4)),
+        ((1,) * 65 + (4,), (0, 4)),
+        ((True, 4), (0, 4)),
+        (("4",), (0, 4)),
+        ((4,), ("0", 4)),
+    ],
+    ids=str,
+)
+def test_row_26_numbers_from_files_are_checked(shape, offsets, tmp_path):
+    write_raw(tmp_path / "model.safetensors", {"a": entry(shape=shape, offsets=offsets)}, bytes(4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*(shape|data_offsets)"):
+        TensorFiles(tmp_path)
+
+
+def test_row_30_a_file_that_shrinks_is_noticed(tmp_path):
+    save_file({"a": torch.zeros(100), "b": torch.ones(100)}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", os.path.getsize(tmp_path / "model.safetensors") - 40)
+    assert files.read("a").sum() == 0
+    with pytest.raises(CheckpointError, match="became shorter while it was read") as raised:
+        files.read("b")
+    assert raised.value.tensor == "b"
+
+
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "..", "a\0.safetensors", "b/a.safetensors", 3])
-def test_shards_must_lie_in_the_directory(name, tmp_path):
+def test_row_28_shards_must_lie_in_the_directory(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="expected the name of a"):
         TensorFiles(tmp_path)

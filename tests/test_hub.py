@@ -65,7 +65,7 @@ def test_transformers_reads_compressed_tensors_without_bitween(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_models_load_packed_by_from_pretrained(tied, dtype, tmp_path):
+def test_row_13_native_models_load_packed_by_from_pretrained(tied, dtype, tmp_path):
     model = llama(MIXED, tied=tied, dtype=dtype, embedding=Scheme(6, 16))
     want = tiny_models.logits(model, IDS)
     assert bitween.attach(model).format == "native"
@@ -92,7 +92,7 @@ def test_device_map_and_biases(tmp_path):
     assert torch.equal(tiny_models.logits(again, IDS), tiny_models.logits(model, IDS))
 
 
-def test_transposed_layers_are_saved_natively(tmp_path):
+def test_row_18_transposed_layers_are_saved_natively(tmp_path):
     model = tiny_models.make("gpt2")
     name = "transformer.h.0.mlp.c_fc"
     model.set_submodule(name, QuantizedLinear.from_linear(model.get_submodule(name), Scheme(4, 32, True)))
@@ -133,6 +133,16 @@ def test_a_failing_save_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model.generation_config), "save_pretrained", fail)
     with pytest.raises(OSError, match="No space left"):
+        bitween.save_model(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["compressed-tensors", "native"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_row_15_scales_that_are_no_numbers_are_not_saved(tmp_path, symmetric, value):
+    model = llama([Scheme(4, 32, symmetric)])
+    model.model.layers[1].mlp.up_proj.scales[3, 0] = value
+    with pytest.raises(bitween.CheckpointError, match=r"layers\.1\.mlp\.up_proj\.scales.*finite and above 0"):
         bitween.save_model(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

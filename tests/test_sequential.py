@@ -112,7 +112,7 @@ def test_token_weights_select_the_tokens():
         assert (codes == found[1][name]).mean() > 0.95, name
 
 
-def test_experts_that_no_token_reaches_are_clipped():
+def test_row_14_experts_that_no_token_reaches_are_clipped():
     _, runner, quantizer = prepared("mixtral")
     results = list(quantizer.run(plan_for(runner, Scheme(4, 16)), quantizer.embed([windows(1, 3)])))
     assert len(results) == sum(len(block.layers) for block in runner.layout.blocks)

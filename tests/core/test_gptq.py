@@ -119,7 +119,7 @@ def test_dead_columns_are_rounded_to_nearest():
             np.testing.assert_array_equal(q.unpack_codes()[:, column], nearest)
 
 
-def test_zero_hessian_rounds_to_nearest():
+def test_row_21_zero_hessian_rounds_to_nearest():
     weight, _ = problem(8, 128)
     result = gptq(weight, Scheme(4), np.zeros((128, 128), np.float32))
     assert result.dead_columns == 128
@@ -129,7 +129,7 @@ def test_zero_hessian_rounds_to_nearest():
     assert got <= 1.001 * ((clipped - weight) ** 2).sum()
 
 
-def test_fewer_tokens_than_columns():
+def test_row_21_fewer_tokens_than_columns():
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((30, 256)).astype(np.float32)
     h = Hessian(256)

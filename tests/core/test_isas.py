@@ -18,7 +18,7 @@ ISAS = bitween.info()["isas"]
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_rtn_bytes_are_equal(bits, symmetric):
+def test_row_44_rtn_bytes_are_equal(bits, symmetric):
     w = (np.random.default_rng(1).standard_normal((40, 333)) * 0.1).astype(np.float32)
     found = {}
     for isa in ISAS:
@@ -36,7 +36,7 @@ def test_unknown_isa_is_refused_at_import():
     assert "BITWEEN_ISA: expected one of" in run.stderr
 
 
-def test_forced_isa_is_used():
+def test_row_44_forced_isa_is_used():
     code = "import bitween; print(bitween.info()['isa'])"
     for isa in ISAS:
         env = {**os.environ, "BITWEEN_ISA": isa}

@@ -38,7 +38,7 @@ def quantized(weight, scheme, method="rtn"):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-42, -1e-42, 1e-30, 1e-9])
-def test_what_is_too_small_becomes_zero(method, value):
+def test_row_39_what_is_too_small_becomes_zero(method, value):
     for scheme in SCHEMES:
         found = quantized(np.full((3, 64), value, np.float32), scheme, method)
         assert np.abs(found).max() <= (TINY / 2 if scheme.levels == 2 and scheme.symmetric else 0)
@@ -46,14 +46,14 @@ def test_what_is_too_small_becomes_zero(method, value):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.3, -0.3, 1e-3, 700.0, -700.0])
-def test_a_constant_group_keeps_its_value(method, value):
+def test_row_41_a_constant_group_keeps_its_value(method, value):
     for scheme in SCHEMES:
         found = quantized(np.full((3, 64), value, np.float32), scheme, method)
         assert np.abs(found - value).max() <= 2**-10 * abs(value) + 128 * TINY
 
 
 @pytest.mark.parametrize("value", [5.0, -5.0])
-def test_one_outlier_among_zeros(value):
+def test_row_41_one_outlier_among_zeros(value):
     weight = np.zeros((2, 64), np.float32)
     weight[1, 7] = value
     for scheme in SCHEMES:
@@ -67,7 +67,7 @@ def test_one_outlier_among_zeros(value):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [1e30, -1e30, 3e38])
-def test_steps_beyond_fp16_are_refused(method, value):
+def test_row_40_steps_beyond_fp16_are_refused(method, value):
     for scheme in SCHEMES:
         with pytest.raises(ValueError, match=r"^weight: expected groups whose step between levels is at most 65504"):
             quantized(np.full((2, 64), value, np.float32), scheme, method)
@@ -86,7 +86,7 @@ def test_what_is_not_finite_is_refused(method, value, place):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0, 0), (5, 1), (2, 5), (3, 65), (1, 17)])
-def test_empty_and_ragged_shapes(method, shape):
+def test_row_16_empty_and_ragged_shapes(method, shape):
     weight = np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
     for scheme in SCHEMES:
         found = quantized(weight, scheme, method)
@@ -102,7 +102,7 @@ def test_ten_million_rows():
     assert np.allclose(stored.dequantize(rows=np.array([0, 9_999_999])), [[1, 1], [-1, 0.5]], atol=0.05)
 
 
-def test_half_precision_is_widened_without_loss():
+def test_row_42_half_precision_is_widened_without_loss():
     torch = pytest.importorskip("torch")
     for dtype in (torch.float16, torch.bfloat16):
         largest = 60000.0 if dtype is torch.float16 else 1e5
@@ -113,7 +113,7 @@ def test_half_precision_is_widened_without_loss():
             assert np.array_equal(ours.scales, wide.scales)
 
 
-def test_dead_columns_are_rounded_to_nearest_and_counted():
+def test_row_21_dead_columns_are_rounded_to_nearest_and_counted():
     weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     x = np.random.default_rng(1).standard_normal((500, 64)).astype(np.float32)
     x[:, 5] = 0
@@ -128,7 +128,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
 
 
 @pytest.mark.parametrize("spoil", ["asymmetric", "negative", "nan", "inf"])
-def test_illegal_hessians_are_refused(spoil):
+def test_row_21_illegal_hessians_are_refused(spoil):
     hessian = np.eye(64, dtype=np.float32)
     if spoil == "asymmetric":
         hessian[0, 1] = 0.5

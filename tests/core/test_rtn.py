@@ -83,13 +83,13 @@ def test_pack_round_trip(levels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dequantize_dtypes(dtype):
+def test_row_42_dequantize_dtypes(dtype):
     q = bitween.quantize(random_weight(7, 200), Scheme(5, 32))
     expected = torch.from_numpy(q.dequantize()).to(dtype)
     assert torch.equal(q.dequantize(dtype), expected)
 
 
-def test_special_groups():
+def test_row_39_special_groups():
     w = np.zeros((3, 64), np.float32)
     w[1] = 1e-30
     w[2] = -3.5

@@ -109,6 +109,28 @@ def test_quantize_knows_it():
     assert after <= before
 
 
+def test_row_22_a_step_without_a_loss_is_dropped(monkeypatch):
+    model = tiny_models.make("llama")
+    runner = BlockRunner(model, inspect(model), products="fp32")
+    calls, plain = [0], BlockRunner.run_block
+
+    def sometimes_nan(self, i, hidden, context, *, grad=False):
+        out = plain(self, i, hidden, context, grad=grad)
+        calls[0] += grad
+        return out * float("nan") if grad and calls[0] == 3 else out
+
+    with runner:
+        batches = [runner.embed(tiny_models.tokens(4, 16))]
+        targets = [runner.run_block(0, h, c) for h, c in batches]
+        layers = runner.layout.blocks[0].layers
+        stored = {x.name: (x, x.weight, bitween.quantize(x.weight, Scheme(2, 16))) for x in layers}
+        monkeypatch.setattr(BlockRunner, "run_block", sometimes_nan)
+        trained, before, after = train_block(runner, 0, stored, batches, targets, steps=40)
+    assert calls[0] == 40
+    assert after < 0.8 * before
+    assert all(torch.isfinite(q.dequantize(torch.float32)).all() for q in trained.values())
+
+
 def test_block_training_lowers_the_output_error():
     model = tiny_models.make("llama")
     runner = BlockRunner(model, inspect(model), products="fp32")

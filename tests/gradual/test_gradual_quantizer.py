@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,3 +146,29 @@ def test_memory_is_told_before_the_run(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(gradual_quantizer, "available_bytes", lambda: 1 << 20)
     with pytest.warns(ResourceWarning, match=r"memory: about .* GiB needed; .* GiB are there"):
         quantizer._warn_of_memory()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_row_18_the_process_is_as_it_was(tiny_model, tiny_tokenizer, fails, monkeypatch):
+    """Random numbers, the default dtype, threads, and the model's mode, hooks and gradients' flags."""
+    if fails:
+        monkeypatch.setattr("bitween.gradual.evaluator.GradualEvaluator.certify", lambda *_, **__: 1 / 0)
+    model = copy.deepcopy(tiny_model).train()
+    model.model.layers[0].requires_grad_(False)
+    calls = []
+    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+
+    def state():
+        flags = [(n, p.requires_grad, p.grad is None) for n, p in model.named_parameters()]
+        hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+        modes = [m.training for m in model.modules()]
+        numbers = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+        return flags, hooks, modes, numbers, torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    before = state()
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            run(model, tiny_tokenizer, 0.7, 0.1)
+    else:
+        run(model, tiny_tokenizer, 0.7, 0.1)
+    assert state() == before
