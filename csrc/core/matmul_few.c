@@ -11,7 +11,7 @@
 
 enum {
     UNIT = 64,              /* columns, see kernels/product.h */
-    CHUNK_WORK = 1 << 16,   /* products in a chunk: a few microseconds */
+    CHUNKS = 4,             /* for each thread: large, since what is fetched ahead at the end is lost */
     BYTES_AHEAD = 4096,     /* of codes: what the memory delivers in its latency, and some more */
     STACK_BYTES = 48 * 1024 /* most calls of a model of a few billion weights need no allocation */
 };
@@ -106,7 +106,7 @@ static void describe(few_job *job) {
     }
     /* Scales of four rows times four tokens, and copies of four rows. */
     job->scratch_bytes = 16 * (padded(few->n_cells) + 16) * 4 + 4 * (few->reach + few->scale_reach + few->zero_reach);
-    ptrdiff_t rows = CHUNK_WORK / (p->x->rows * cols) / BW_FEW_ROWS * BW_FEW_ROWS;
+    ptrdiff_t rows = p->weight->rows / (CHUNKS * bw_n_workers(p->weight->rows)) / BW_FEW_ROWS * BW_FEW_ROWS;
     job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
 }
 
