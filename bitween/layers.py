@@ -57,6 +57,11 @@ class _Packed(nn.Module):
         return QuantizedTensor(*self._packed(), self.scheme, self._shape)
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft and accelerate find the device of a packed layer."""
+        return self.codes
+
+    @property
     def weight_nbytes(self) -> int:
         """Bytes of codes, scales and zeros."""
         return self.quantized.nbytes

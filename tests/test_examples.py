@@ -39,6 +39,14 @@ def test_after_training(text, tmp_path):
     assert (tmp_path / "out" / "bitween.json").is_file()
 
 
+def test_lm_eval_task(text):
+    pytest.importorskip("lm_eval")
+    shown = run("examples/lm_eval_task.py", MODEL, text, 30)
+    assert "original: " in shown
+    assert "4 bits: " in shown
+    assert shown.count("of 30 questions") == 2
+
+
 def test_sweep(tmp_path):
     shown = run("examples/sweep.py", MODEL, tmp_path / "frontier.svg")
     assert shown.count("%") >= 5
