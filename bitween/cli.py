@@ -259,14 +259,15 @@ def _compare(candidate, base, tokenizer, text: str | None, samples: int):
 
 
 def _load(name: str, dtype: str):
-    """Model and tokenizer; directories that bitween wrote are read by its own careful loader, GGUF files as numbers."""
+    """Model and tokenizer. What bitween, GPTQ, AWQ or AutoRound wrote becomes packed layers, GGUF plain numbers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .checkpoint import MANIFEST
+    from .importing import is_foreign
     from .loading import load_model
 
-    if (Path(name) / MANIFEST).is_file():
+    if (Path(name) / MANIFEST).is_file() or is_foreign(Path(name)):
         return load_model(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if kind is None:

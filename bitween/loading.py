@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import importing
 from .checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, read_json, sha256
 from .export import compressed_tensors
 from .hub import METHOD, BitweenConfig, check_stored, swap
@@ -23,7 +24,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:
-    """Load a checkpoint that bitween wrote, in its own format or as compressed-tensors.
+    """Load a checkpoint in bitween's own format or as compressed-tensors, or one of GPTQ, AWQ or AutoRound.
 
     Parameters
     ----------
@@ -46,11 +47,7 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
     settings = read_json(directory / "config.json")
     config = _config(directory, settings, len(files.entries))
     model = _guarded(lambda: _skeleton(config), "config.json")
-    plan, native = _plan(settings, model)
-    if native:
-        state = None
-    else:
-        state = compressed_tensors.tensors_from(files, plan, model)
+    plan, state = _plan(files, settings["quantization_config"], model)
     _guarded(lambda: swap(model, plan), "config.json")
     state = _checked_state(files, model, state)
     config.quantization_config = BitweenConfig(plan).to_dict()
@@ -99,9 +96,11 @@ def _skeleton(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _plan(settings: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], bool]:
-    quantization = settings["quantization_config"]
-    method = quantization.get("quant_method")
+def _plan(
+    files: TensorFiles, quantization: dict[str, Any], model: nn.Module
+) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+    """The plan, and the tensors under bitween's names; None where the files hold them so."""
+    method, state = quantization.get("quant_method"), None
     if method == METHOD:
         unknown = set(quantization) - {"quant_method", "plan", "schema_version", "bitween_version"}
         if unknown and quantization.get("schema_version") == SCHEMA_VERSION:
@@ -110,11 +109,15 @@ def _plan(settings: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], b
         plan = BitweenConfig(**known).schemes
     elif method == compressed_tensors.METHOD:
         plan = compressed_tensors.plan_from_config(quantization, model)
+        state = compressed_tensors.tensors_from(files, plan, model)
+    elif method in importing.METHODS:
+        plan, state = importing.plan_and_tensors(files, quantization, model)
     else:
-        raise CheckpointError(f"quant_method: expected bitween or compressed-tensors; got {method!r}", "config.json")
+        known = ", ".join((METHOD, compressed_tensors.METHOD, *importing.METHODS))
+        raise CheckpointError(f"quant_method: expected one of {known}; got {method!r}", "config.json")
     if not plan:
         raise CheckpointError("the plan names no layer", "config.json")
-    return plan, method == METHOD
+    return plan, state
 
 
 def _checked_state(files: TensorFiles, model: nn.Module, state: dict[str, Any] | None) -> dict[str, Any]:
