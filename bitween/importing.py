@@ -61,6 +61,11 @@ def plan_and_tensors(
         plan[name], tensors = part.stored(packing, zero_offset)
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
         taken |= {f"{name}.{key}" for key in _PARTS}
+        if layer.bias is None and f"{name}.bias" in files.entries:  # some writers give every layer one, of zeros
+            if files.read(f"{name}.bias").any():
+                raise files.error("expected zeros, as the model has no bias here", f"{name}.bias")
+            taken.add(f"{name}.bias")
+    taken |= {name for name in files.entries if name.endswith(".rotary_emb.inv_freq")}  # computed since long ago
     return plan, {**state, **{name: files.read(name) for name in files.entries if name not in taken}}
 
 

@@ -151,6 +151,19 @@ def test_what_does_not_fit_is_refused(tmp_path, part, change, message):
     assert LAYER in str(raised.value)
 
 
+def test_biases_of_zeros_and_old_buffers_are_left_out(tmp_path):
+    """Writers of GPTQ checkpoints give every layer a bias, and old models kept their rotary frequencies."""
+    checkpoint(tmp_path, gptq())
+    state = load_file(tmp_path / "model.safetensors")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), f"{LAYER}.bias": torch.zeros(64)}
+    save_file(state | extra, tmp_path / "model.safetensors")
+    model, _ = bitween.load_model(tmp_path)
+    assert model.get_submodule(LAYER).bias is None
+    edit(tmp_path, f"{LAYER}.bias", lambda t: t + 1)
+    with pytest.raises(CheckpointError, match="expected zeros, as the model has no bias here"):
+        bitween.load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
