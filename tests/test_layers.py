@@ -112,7 +112,7 @@ def test_gradients_reach_inputs_and_bias():
 
 
 def test_gradient_of_a_weight_larger_than_one_step(monkeypatch):
-    monkeypatch.setattr("bitween.layers._BACKWARD_WEIGHTS", 1000)
+    monkeypatch.setattr(tiles, "_TILE_WEIGHTS", 1000)
     layer = make_linear()
     x = torch.randn(3, 130, requires_grad=True)
     grad = torch.randn(3, 50)
