@@ -263,11 +263,9 @@ def _load(name: str, dtype: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .checkpoint import MANIFEST
-    from .importing import is_foreign
-    from .loading import load_model
+    from .loading import is_packed, load_model
 
-    if (Path(name) / MANIFEST).is_file() or is_foreign(Path(name)):
+    if is_packed(Path(name)):
         return load_model(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if kind is None:

@@ -7,7 +7,6 @@ less one. AWQ packs eight rows of 4 bits a word, in the order 0 2 4 6 1 3 5 7.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,14 @@ import torch
 from torch import nn
 
 from . import _core
-from .checkpoint import CheckpointError, TensorFiles, read_json
-from .scheme import Scheme
+from .checkpoint import CheckpointError, TensorFiles
+from .scheme import COMMON_BITS, GROUP_SIZES, Scheme
 
-__all__ = ["METHODS", "is_foreign", "plan_and_tensors"]
+__all__ = ["METHODS", "plan_and_tensors"]
 
 METHODS = ("gptq", "awq", "auto-round")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_LEVELS = {2: 4, 3: 8, 4: 16, 5: 32, 6: 64, 8: 256}
 _AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # of the rows whose codes a word holds, from the lowest bits on
-
-
-def is_foreign(directory: Path) -> bool:
-    """Whether the directory's config names one of `METHODS`."""
-    if not (directory / "config.json").is_file():
-        return False
-    settings = read_json(directory / "config.json").get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") in METHODS
 
 
 def plan_and_tensors(
@@ -107,20 +97,24 @@ class _Layer:
     def __init__(self, files: TensorFiles, name: str, rows: int, cols: int, settings: dict[str, Any]) -> None:
         self.files, self.name, self.rows, self.cols = files, name, rows, cols
         self.bits, self.group = settings.get("bits"), settings.get("group_size")
-        if type(self.bits) is not int or self.bits not in _LEVELS:
+        if type(self.bits) is not int or self.bits not in COMMON_BITS:
             raise CheckpointError(
-                f"bits: expected one of {', '.join(map(str, _LEVELS))}; got {str(self.bits)[:40]}", "config.json", name
+                f"bits: expected one of {', '.join(map(str, COMMON_BITS))}; got {str(self.bits)[:40]}",
+                "config.json",
+                name,
             )
-        if type(self.group) is not int or self.group not in (-1, 16, 32, 64, 128):
+        if type(self.group) is not int or self.group not in GROUP_SIZES:
             raise CheckpointError(
-                f"group_size: expected -1, 16, 32, 64 or 128; got {str(self.group)[:40]}", "config.json", name
+                f"group_size: expected one of {', '.join(map(str, GROUP_SIZES))}; got {str(self.group)[:40]}",
+                "config.json",
+                name,
             )
         self.columns_a_group = cols if self.group == -1 else self.group
         self.n_groups = -(-cols // self.columns_a_group)
 
     def stored(self, packing: str, zero_offset: int) -> tuple[Scheme, dict[str, torch.Tensor]]:
         """Scheme, and `codes`, `scales` and `zeros` as bitween keeps them."""
-        levels = _LEVELS[self.bits]
+        levels = Scheme(self.bits, self.group).levels
         self._check_order()
         if packing == "awq":
             if self.bits != 4:
@@ -128,9 +122,9 @@ class _Layer:
             codes = _core.pack(np.ascontiguousarray(self._awq("qweight", self.cols).T), levels)
             zeros = self._awq("qzeros", self.n_groups)
         else:
-            words = self._words("qweight", (self.cols * self.bits, 32), self.rows, first=True)
+            words = self._words("qweight", self.cols * self.bits, self.rows, first=True)
             codes = np.ascontiguousarray(words.T).view(np.uint8)
-            words = self._words("qzeros", (self.rows * self.bits, 32), self.n_groups, first=False)
+            words = self._words("qzeros", self.rows * self.bits, self.n_groups, first=False)
             zeros = _core.unpack(np.ascontiguousarray(words).view(np.uint8), self.rows, levels)
             zeros = (zeros + np.uint8(zero_offset)) & np.uint8(levels - 1)  # as its readers do
         symmetric = bool((zeros == levels // 2).all())
@@ -153,17 +147,16 @@ class _Layer:
             raise self.files.error(f"expected {' or '.join(map(str, dtypes))}; got {tensor.dtype}", name)
         return tensor
 
-    def _words(self, part: str, packed: tuple[int, int], other: int, first: bool) -> np.ndarray:
-        """Words of 32 bits, packed along the first or the last dimension."""
-        bits, word = packed
-        if bits % word:
+    def _words(self, part: str, bits: int, other: int, first: bool) -> np.ndarray:
+        """Words of 32 bits: `bits` packed along the first or the last dimension, `other` along the other."""
+        if bits % 32:
             raise self.files.error(f"expected whole words of 32 bits; got {bits} bits", f"{self.name}.{part}")
-        shape = (bits // word, other) if first else (other, bits // word)
+        shape = (bits // 32, other) if first else (other, bits // 32)
         return self._read(part, (torch.int32,), shape).numpy()
 
     def _awq(self, part: str, n: int) -> np.ndarray:
         """Codes uint8 (n, rows)."""
-        words = self._words(part, (self.rows * 4, 32), n, first=False).view(np.uint32)
+        words = self._words(part, self.rows * 4, n, first=False).view(np.uint32)
         found = np.empty((n, self.rows // 8, 8), np.uint8)
         for i, row in enumerate(_AWQ_ORDER):
             found[:, :, row] = (words >> np.uint32(4 * i)) & np.uint32(15)

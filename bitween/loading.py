@@ -18,9 +18,19 @@ from .checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, 
 from .export import compressed_tensors
 from .hub import METHOD, BitweenConfig, check_stored, swap
 
-__all__ = ["load_model"]
+__all__ = ["is_packed", "load_model"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_packed(directory: Path) -> bool:
+    """Whether `load_model` is the way to load what may be a directory: bitween, GPTQ, AWQ or AutoRound wrote it."""
+    if (directory / MANIFEST).is_file():
+        return True
+    if not (directory / "config.json").is_file():
+        return False
+    settings = read_json(directory / "config.json").get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") in (METHOD, *importing.METHODS)
 
 
 def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from . import _core
 
-__all__ = ["BITS", "GROUP_SIZES", "Scheme"]
+__all__ = ["BITS", "COMMON_BITS", "GROUP_SIZES", "Scheme"]
 
 TERNARY = 1.58
 BITS: tuple[float, ...] = (1, TERNARY, 2, 3, 4, 5, 6, 8)
+COMMON_BITS = (2, 3, 4, 5, 6, 8)  # that other projects' formats hold too, in the same stream of bits
 GROUP_SIZES: tuple[int, ...] = (16, 32, 64, 128, -1)
 
 

@@ -18,11 +18,10 @@ from .. import _core
 from ..files import atomic_directory
 from ..layers import QuantizedEmbedding, packed_layers
 from ..quantized_tensor import QuantizedTensor
-from ..scheme import Scheme
+from ..scheme import COMMON_BITS, Scheme
 
 __all__ = ["config", "export_auto_round", "reasons", "tensors"]
 
-_BITS = (2, 3, 4, 5, 6, 8)
 _WORD = 32  # rows and columns are packed in runs of 32
 
 
@@ -35,7 +34,7 @@ def reasons(model: nn.Module) -> dict[str, str]:
             found[name] = "an embedding; it holds linear layers"
         elif "codes" not in module._buffers:
             continue  # a head that shares an embedding's codes, which is refused by itself
-        elif scheme.bits not in _BITS:
+        elif scheme.bits not in COMMON_BITS:
             found[name] = f"{scheme.bits:g} bits; it holds 2, 3, 4, 5, 6 and 8"
         elif rows % _WORD or cols % _WORD:
             found[name] = f"{rows} x {cols}; both must be multiples of {_WORD}"

@@ -14,19 +14,18 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, TensorFiles
 from ..layers import QuantizedEmbedding, packed_layers
-from ..scheme import Scheme
+from ..scheme import COMMON_BITS, Scheme
 
 __all__ = ["config", "plan_from_config", "reasons", "state_dict", "supports", "tensors_from"]
 
 METHOD, _FORMAT = "compressed-tensors", "pack-quantized"
-BITS = (2, 3, 4, 5, 6, 8)
 _TRANSPOSED = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")  # families built of Conv1D
 _STORED = {"weight_packed", "weight_scale", "weight_shape"}
 
 
 def supports(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why the format cannot hold a (rows, cols) matrix under a scheme; None when it can."""
-    if scheme.bits not in BITS:
+    if scheme.bits not in COMMON_BITS:
         return f"{scheme.bits:g} bits; it holds 2, 3, 4, 5, 6 and 8"
     if not scheme.symmetric:
         return "asymmetric; its readers in use load symmetric only"
@@ -138,7 +137,7 @@ def _matches(name: str, patterns: Any) -> bool:
 def _scheme(weights: Any, key: str) -> Scheme:
     if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("symmetric") is not True:
         raise CheckpointError(f"{key}.weights: expected symmetric integers", "config.json")
-    if weights.get("num_bits") not in BITS or weights.get("actorder") not in (None, False, "weight", "static"):
+    if weights.get("num_bits") not in COMMON_BITS or weights.get("actorder") not in (None, False, "weight", "static"):
         raise CheckpointError(f"{key}.weights: expected 2, 3, 4, 5, 6 or 8 bits in column order", "config.json")
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel"):
