@@ -110,7 +110,7 @@ class GradualEvaluator:
         self, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int = 1
     ) -> Measurement:
         """The same from final states (windows, length, width) that are already computed."""
-        divergence, gain, agree = self._score(final, runner, reference, stride)
+        divergence, gain, agree = self._score(_quality, final, runner, reference, stride)
         per_window = divergence.mean(axis=1)
         spread = float(per_window.std(ddof=1)) if len(per_window) > 1 else math.nan
         nll = -reference.log_likelihood[:, ::stride].double().numpy()
@@ -130,7 +130,7 @@ class GradualEvaluator:
         """ln p_reference - ln p_candidate of each next token, float64 (windows, length - 1)."""
         part = self.context.reference(split, windows)
         runner = self._runner(candidate)
-        return self._score(self.context.final_states(runner, part.windows), runner, part, 1)[1]
+        return self._score(_gain, self.context.final_states(runner, part.windows), runner, part, 1)[0]
 
     def certify(
         self,
@@ -190,32 +190,42 @@ class GradualEvaluator:
         )
 
     def _score(
-        self, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(KL, ln p_ref - ln p_q, same first choice), each (windows, positions)."""
+        self, judge: _Judge, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int
+    ) -> tuple[np.ndarray, ...]:
+        """What `judge` says of each position, every part as float64 (windows, positions)."""
         change = _HeadChange(self.context.runner, runner)
         rows = []
         for w, (ids, ref, cand) in enumerate(zip(reference.windows, reference.final, final, strict=True)):
-            targets = ids[1:][::stride]
-            known = reference.log_likelihood[w, ::stride]
-            scored = [
-                self._score_rows(
-                    ref[:-1][::stride][part], cand[:-1][::stride][part], targets[part], known[part], change
-                )
-                for part in position_blocks(len(targets))
-            ]
+            ref, cand, targets = ref[:-1][::stride], cand[:-1][::stride], ids[1:][::stride]
+            known = reference.log_likelihood[w, ::stride].numpy()
+            scored = []
+            for part in position_blocks(len(targets)):
+                base = self.context.reference_logits(ref[part])
+                lost = not torch.isfinite(cand[part]).all()  # a candidate that overflowed has lost everything
+                logits = None if lost else change.logits(base, ref[part], cand[part])
+                scored.append(judge(base, logits, targets[part], known[part]))
             rows.append([np.concatenate(kind) for kind in zip(*scored, strict=True)])
         return tuple(np.stack(kind).astype(np.float64) for kind in zip(*rows, strict=True))
 
-    def _score_rows(self, ref, cand, targets, known, change: _HeadChange) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        base = self.context.reference_logits(ref)
-        logits = change.logits(base, ref, cand)
-        if not torch.isfinite(cand).all():  # a candidate that overflowed has lost everything
-            lost = np.full(len(targets), math.inf)
-            return lost, lost, np.zeros(len(targets))
-        divergence = np.asarray(bitween.kl_divergence(base, logits))
-        gain = np.asarray(bitween.cross_entropy(logits, targets)) + known.numpy()
-        return divergence, gain, (base.argmax(-1) == logits.argmax(-1)).numpy()
+
+# (reference logits, the candidate's or None when they are lost, next tokens, their log-likelihoods by the reference)
+_Judge = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, np.ndarray], tuple[np.ndarray, ...]]
+
+
+def _gain(base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor, known: np.ndarray) -> tuple:
+    """(ln p_ref - ln p_q)."""
+    if logits is None:
+        return (np.full(len(targets), math.inf),)
+    return (np.asarray(bitween.cross_entropy(logits, targets)) + known,)
+
+
+def _quality(base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor, known: np.ndarray) -> tuple:
+    """(KL, ln p_ref - ln p_q, same first choice)."""
+    gain = _gain(base, logits, targets, known)
+    if logits is None:
+        return *gain, *gain, np.zeros(len(targets))
+    same = base.argmax(-1) == logits.argmax(-1)
+    return np.asarray(bitween.kl_divergence(base, logits)), *gain, same.numpy()
 
 
 class _HeadChange:
