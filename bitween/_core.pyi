@@ -9,6 +9,9 @@ _Tensor: TypeAlias = Any
 _Scheme: TypeAlias = tuple[int, int, bool]  # levels, group_size, symmetric
 _Stored: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8] | None]  # codes, scales, zeros
 
+FEW_TOKENS: int  # at most so many are multiplied straight from the packed codes
+MOST_TOGETHER: int  # layers in one call of matmul_together
+
 def quantize_rtn(weight: _Tensor, scheme: _Scheme) -> _Stored: ...
 def quantize_clip(weight: _Tensor, scheme: _Scheme, importance: _Tensor | None = None) -> _Stored: ...
 def search(

@@ -18,9 +18,6 @@ from .scheme import Scheme
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "packed_layers", "set_matmul_mode"]
 
-FEW_ROWS = 16  # that the core multiplies straight from the packed codes
-_BACKWARD_WEIGHTS = 1 << 22  # weights that one step of the backward pass unpacks: 16 MiB as fp32
-
 
 def _as_buffer(array: Any) -> torch.Tensor | None:
     """NumPy memory as a tensor, without a copy where it may be written."""
@@ -104,12 +101,10 @@ class _Product(torch.autograd.Function):
 
 
 def _times_weight(grad: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-    """grad (m, rows) W, unpacking as many rows of W at a time as fit a fixed size; fp32 sums between them."""
-    step = max(1, _BACKWARD_WEIGHTS // max(1, layer.in_features))
+    """grad (m, rows) W, by tiles of W; fp32 sums between them."""
     total = torch.zeros(grad.shape[0], layer.in_features, dtype=torch.float32)
-    for first in range(0, layer.out_features, step):
-        last = min(first + step, layer.out_features)
-        total += grad[:, first:last] @ layer.quantized.row_range(first, last).dequantize(grad.dtype)
+    for part, weight in tiles.row_tiles(layer.quantized, grad.dtype):
+        total += grad[:, part] @ weight
     return total.to(grad.dtype)
 
 
@@ -210,7 +205,7 @@ class QuantizedLinear(_Packed):
             x = as_input(x).contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
         bias = None if bias is None else bias.detach()
-        if x.dtype is torch.bfloat16 and x.numel() > FEW_ROWS * self.in_features and tiles.cpu_has_bf16():
+        if x.dtype is torch.bfloat16 and x.numel() > _core.FEW_TOKENS * self.in_features and tiles.cpu_has_bf16():
             tiles.product(x, self.quantized, bias, out)
             return out
         key = self.scheme.key

@@ -8,11 +8,9 @@ import torch
 
 from . import _core
 from ._threads import follow_torch
-from .layers import FEW_ROWS, QuantizedLinear
+from .layers import QuantizedLinear
 
 __all__ = ["multiply_together"]
-
-_MOST = 4  # layers in one call of the core
 
 
 def multiply_together(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> list[torch.Tensor]:
@@ -47,7 +45,7 @@ def multiply_together(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> lis
 
 
 def _in_one_call(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> bool:
-    if not 1 < len(layers) <= _MOST or x.numel() > FEW_ROWS * layers[0].in_features:
+    if not 1 < len(layers) <= _core.MOST_TOGETHER or x.numel() > _core.FEW_TOKENS * layers[0].in_features:
         return False
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False

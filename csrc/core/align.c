@@ -95,7 +95,7 @@ bw_status bw_align(const bw_matrix *weight, const float *hessian, const float *c
         status = factor_damped(hessian, n, damping, factor);
         job.factor = factor;
         job.change = change;
-        if (!status) bw_parallel_for(n_workers, n_chunks, align_rows, &job);
+        if (!status) status = bw_parallel_for(n_workers, n_chunks, align_rows, &job);
         if (!status) status = (bw_status)atomic_load(&job.status);
     } else {
         status = BW_ERR_MEMORY;

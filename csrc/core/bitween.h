@@ -2,9 +2,10 @@
  *
  * Plain C11 without Python. Rules that hold for every function:
  *   - arguments are checked before memory is touched, and then nothing is written; a failure found later, in
- *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE, _SCALE, _IMPORTANCE), leaves outputs partly written;
+ *     the values themselves (BW_ERR_NONFINITE, _RANGE, _CODE, _SCALE, _IMPORTANCE), or an interrupt, leaves outputs
+ *     partly written;
  *   - the result is a bw_status: BW_OK (0) or a negative BW_ERR_*; nothing prints, exits or aborts;
- *   - no global mutable state besides the thread pool and the instruction set chosen at start;
+ *   - no global mutable state besides the thread pool, the instruction set and the interrupt chosen at start;
  *     functions may be called from several threads at once (on different outputs);
  *   - results do not depend on the number of threads.
  *
@@ -37,7 +38,8 @@ typedef enum {
     BW_ERR_INDEX = -9,       /* an index outside its range */
     BW_ERR_IMPORTANCE = -10, /* an importance that is negative, NaN or infinite */
     BW_ERR_HESSIAN = -11,    /* a Hessian that is not finite and symmetric with a diagonal >= 0 */
-    BW_ERR_SCALE = -12       /* a stored scale that is not above zero, or not finite */
+    BW_ERR_SCALE = -12,      /* a stored scale that is not above zero, or not finite */
+    BW_ERR_INTERRUPTED = -13 /* see bw_on_interrupt */
 } bw_status;
 
 typedef enum { BW_F32 = 0, BW_F16 = 1, BW_BF16 = 2 } bw_dtype;
@@ -95,6 +97,10 @@ const char *bw_isa_list(int i, int *supported);
 /* ---- parallel.c ---- */
 /* Number of threads that work on a call, the caller among them; 1 .. 1024. */
 bw_status bw_set_num_threads(int n);
+/* `ask` is called between two chunks of work, on any thread that works. Once it says yes, the verb ends soon with
+ * BW_ERR_INTERRUPTED, its outputs partly written. */
+typedef int (*bw_interrupt_fn)(void);
+void bw_on_interrupt(bw_interrupt_fn ask);
 /* Let the OpenMP threads that are in the process do the work, if there are any; 1 when there are. */
 int bw_borrow_threads(void);
 int bw_get_num_threads(void);
@@ -145,13 +151,15 @@ bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out);
 bw_status bw_dequantize_rows(const bw_quantized *tensor, const int64_t *ids, ptrdiff_t n, bw_dtype dtype, void *out);
 
 /* ---- matmul.c ---- */
-/* How a product with at most 16 tokens takes its activations: as they are, or rounded on the fly to whole numbers of
+/* At most this many tokens are multiplied straight from the packed codes. */
+enum { BW_FEW_TOKENS = 16 };
+/* How a product with few tokens takes its activations: as they are, or rounded on the fly to whole numbers of
  * 8 or 16 bits with a scale for each group, or each 64 columns of larger ones. More tokens are always taken as they
  * are. */
 typedef enum { BW_EXACT = 0, BW_INT8 = 1, BW_INT16 = 2 } bw_mode;
 /* out (m, rows), contiguous of `dtype`, = x (m, cols) WT + bias; bias (1, rows) or NULL. fp32 sums. What is not finite
- * in x reaches its own row only. BW_ERR_SCALE; BW_ERR_CODE with more than 16 tokens, while with fewer an illegal code
- * counts as some legal one. */
+ * in x reaches its own row only. BW_ERR_SCALE; BW_ERR_CODE with more than BW_FEW_TOKENS, while with fewer an illegal
+ * code counts as some legal one. */
 bw_status bw_matmul(const bw_matrix *x, const bw_quantized *weight, const bw_matrix *bias, bw_mode mode, bw_dtype dtype,
                     void *out);
 /* The same for up to BW_MOST_TOGETHER weights: few tokens are prepared once and all threads are woken once. The same

@@ -54,9 +54,9 @@ static bw_status decode_rows(decode_job *job) {
     job->scratch_bytes = bw_aligned(job->layout.n_groups * 4) + bw_aligned(t->cols + 16);
     job->scratch = bw_alloc(n_workers, job->scratch_bytes);
     if (!job->scratch) return BW_ERR_MEMORY;
-    bw_parallel_for(n_workers, n_chunks, decode_chunk, job);
+    bw_status status = bw_parallel_for(n_workers, n_chunks, decode_chunk, job);
     bw_free(job->scratch);
-    return (bw_status)atomic_load(&job->status);
+    return status ? status : (bw_status)atomic_load(&job->status);
 }
 
 bw_status bw_dequantize(const bw_quantized *tensor, bw_dtype dtype, void *out) {

@@ -184,9 +184,9 @@ static bw_status run_tiles(gptq_job *job) {
     job->bench_bytes = lay_bench(job, NULL, &measure);
     job->scratch = bw_alloc(n_workers, job->bench_bytes);
     if (!job->scratch) return BW_ERR_MEMORY;
-    bw_parallel_for(n_workers, n_tiles, quantize_tile, job);
+    bw_status status = bw_parallel_for(n_workers, n_tiles, quantize_tile, job);
     bw_free(job->scratch);
-    return (bw_status)atomic_load(&job->status);
+    return status ? status : (bw_status)atomic_load(&job->status);
 }
 
 bw_status bw_quantize_gptq(const bw_matrix *weight, const float *hessian, const bw_gptq_options *options,

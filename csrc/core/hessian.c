@@ -74,16 +74,19 @@ static block place(const bw_matrix *m, const float *scratch, ptrdiff_t first) {
     return (block){(const float *)m->data + first * m->row_stride, m->row_stride};
 }
 
-static void add_blocks(job *j) {
+static bw_status add_blocks(job *j) {
+    bw_status status = BW_OK;
     ptrdiff_t tiles_down = (j->x->cols + TILE - 1) / TILE, n_tiles = tiles_down * j->tiles_across;
-    for (j->first = 0; j->first < j->x->rows; j->first += TOKENS) {
+    for (j->first = 0; j->first < j->x->rows && !status; j->first += TOKENS) {
         j->n_tokens = j->x->rows - j->first < TOKENS ? j->x->rows - j->first : TOKENS;
         ptrdiff_t n_chunks = (j->n_tokens + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
-        if (j->x_scratch || j->y_scratch) bw_parallel_for(bw_n_workers(n_chunks), n_chunks, convert_rows, j);
+        if (j->x_scratch || j->y_scratch) status = bw_parallel_for(bw_n_workers(n_chunks), n_chunks, convert_rows, j);
+        if (status) return status;
         j->x_block = place(j->x, j->x_scratch, j->first);
         if (j->y) j->y_block = place(j->y, j->y_scratch, j->first);
-        bw_parallel_for(bw_n_workers(n_tiles), n_tiles, add_tile, j);
+        status = bw_parallel_for(bw_n_workers(n_tiles), n_tiles, add_tile, j);
     }
+    return status;
 }
 
 static bw_status check_weights(const float *weights, ptrdiff_t n) {
@@ -122,7 +125,7 @@ bw_status bw_hessian_add(const bw_matrix *x, const bw_matrix *y, const float *we
     j.x_scratch = own_x ? bw_alloc(tokens, x->cols * 4) : NULL;
     j.y_scratch = own_y ? bw_alloc(tokens, y->cols * 4) : NULL;
     if ((own_x && !j.x_scratch) || (own_y && !j.y_scratch)) status = BW_ERR_MEMORY;
-    else add_blocks(&j);
+    else status = add_blocks(&j);
     bw_free(j.x_scratch);
     bw_free(j.y_scratch);
     return status ? status : check_sums(&j);

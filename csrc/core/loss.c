@@ -70,8 +70,7 @@ static bw_status run(loss_job *job) {
     if (!job->out) return BW_ERR_ARGUMENT;
     job->rows_per_chunk = CHUNK_VALUES / job->logits->cols + 1;
     ptrdiff_t n_chunks = (job->logits->rows - 1) / job->rows_per_chunk + 1;
-    bw_parallel_for(bw_n_workers(n_chunks), n_chunks, loss_chunk, job);
-    return BW_OK;
+    return bw_parallel_for(bw_n_workers(n_chunks), n_chunks, loss_chunk, job);
 }
 
 bw_status bw_cross_entropy(const bw_matrix *logits, const int64_t *targets, float *out) {

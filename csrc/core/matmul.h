@@ -14,12 +14,13 @@ typedef struct {
     char *out;
 } bw_product;
 
-/* At most this many tokens are multiplied straight from the packed codes. */
-enum { BW_FEW_TOKENS = 16 };
-
 /* Products with the same tokens, mode and dtype, at most BW_MOST_TOGETHER, in one parallel region. */
 bw_status bw_multiply_few(const bw_product *products, int n);
 bw_status bw_multiply_many(const bw_product *product);
+
+static inline ptrdiff_t bw_least(ptrdiff_t a, ptrdiff_t b) {
+    return a < b ? a : b;
+}
 
 /* Adds the bias to sums of rows row .. row+n-1 and stores them as token `token` of the output. At most 64 rows. */
 void bw_finish_token(const bw_product *product, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums);

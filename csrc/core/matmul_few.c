@@ -16,8 +16,9 @@ enum {
     STACK_BYTES = 48 * 1024 /* most calls of a model of a few billion weights need no allocation */
 };
 
-typedef struct {
+typedef struct few_job {
     const bw_product *product;
+    const struct few_job *source; /* the earlier product whose prepared tokens this one reads, or NULL */
     bw_few few;
     ptrdiff_t rows_per_chunk, first_chunk, scratch_bytes;
 } few_job;
@@ -59,14 +60,6 @@ static void prepare_tokens(const few_job *job, char *tokens, float *x) {
     }
 }
 
-static ptrdiff_t padded(ptrdiff_t n) {
-    return (n + 15) / 16 * 16;
-}
-
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) {
-    return a < b ? a : b;
-}
-
 /* How many of the first rows have `reach` bytes from their start on in an array of `rows` times `row_bytes`. */
 static ptrdiff_t rows_with(ptrdiff_t reach, ptrdiff_t row_bytes, ptrdiff_t rows) {
     return rows * row_bytes < reach ? 0 : rows - (reach - 1) / row_bytes;
@@ -92,20 +85,21 @@ static void describe(few_job *job) {
     few->reach = bw_aligned(codes + 64);
     few->scale_reach = bw_aligned((p->layout.n_groups + 16) * 2);
     few->zero_reach = bw_aligned(p->layout.row_zero_bytes + 64);
-    few->direct_rows = least(rows_with(few->reach, p->layout.row_bytes, p->weight->rows),
-                             rows_with(few->scale_reach, p->layout.n_groups * 2, p->weight->rows));
+    few->direct_rows = bw_least(rows_with(few->reach, p->layout.row_bytes, p->weight->rows),
+                                rows_with(few->scale_reach, p->layout.n_groups * 2, p->weight->rows));
     if (!p->weight->scheme.symmetric)
         few->direct_rows =
-            least(few->direct_rows, rows_with(few->zero_reach, p->layout.row_zero_bytes, p->weight->rows));
-    few->rows_ahead = (BYTES_AHEAD / (4 * p->layout.row_bytes) + 1) * 4;
+            bw_least(few->direct_rows, rows_with(few->zero_reach, p->layout.row_zero_bytes, p->weight->rows));
+    few->rows_ahead = (BYTES_AHEAD / (BW_ROWS_AT_ONCE * p->layout.row_bytes) + 1) * BW_ROWS_AT_ONCE;
     few->token_bytes = few->n_units * UNIT * 4;
-    if (few->digits) few->token_bytes = bw_aligned(few->n_units * UNIT * 2 + padded(few->n_cells) * 8);
+    if (few->digits) few->token_bytes = bw_aligned(few->n_units * UNIT * 2 + bw_padded_cells(few->n_cells) * 8);
     for (int i = 0; i < 16; i++) {
         few->lanes[i] = (int32_t)((i / 4 * 16) >> few->cell_shift);
         few->units[i] = (int32_t)((ptrdiff_t)i * UNIT >> few->group_shift);
     }
-    /* Scales of four rows times four tokens, and copies of four rows. */
-    job->scratch_bytes = 16 * (padded(few->n_cells) + 16) * 4 + 4 * (few->reach + few->scale_reach + few->zero_reach);
+    /* Scales of the rows times those of the tokens, and copies of the rows. */
+    job->scratch_bytes = BW_ROWS_AT_ONCE * BW_TOKENS_AT_ONCE * (bw_padded_cells(few->n_cells) + 16) * 4 +
+                         BW_ROWS_AT_ONCE * (few->reach + few->scale_reach + few->zero_reach);
     ptrdiff_t rows = p->weight->rows / (CHUNKS * bw_n_workers(p->weight->rows)) / BW_FEW_ROWS * BW_FEW_ROWS;
     job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
 }
@@ -126,7 +120,8 @@ bw_status bw_multiply_few(const bw_product *products, int n) {
         describe(job);
         job->first_chunk = n_chunks;
         n_chunks += (products[i].weight->rows - 1) / job->rows_per_chunk + 1;
-        if (!same_tokens(&all, job)) tokens += bw_aligned(products->x->rows * job->few.token_bytes);
+        job->source = same_tokens(&all, job);
+        if (!job->source) tokens += bw_aligned(products->x->rows * job->few.token_bytes);
         if (all.scratch_bytes < job->scratch_bytes) all.scratch_bytes = job->scratch_bytes;
     }
     int n_workers = bw_n_workers(n_chunks);
@@ -138,14 +133,13 @@ bw_status bw_multiply_few(const bw_product *products, int n) {
     char *at = memory;
     for (int i = 0; i < n; i++) {
         few_job *job = &all.jobs[i];
-        const few_job *other = same_tokens(&all, job);
-        job->few.tokens = other ? other->few.tokens : at;
-        if (other) continue;
+        job->few.tokens = job->source ? job->source->few.tokens : at;
+        if (job->source) continue;
         prepare_tokens(job, at, (float *)(memory + tokens));
         at += bw_aligned(products->x->rows * job->few.token_bytes);
     }
     all.scratch = memory + tokens + row;
-    bw_parallel_for(n_workers, n_chunks, multiply_chunk, &all);
+    bw_status status = bw_parallel_for(n_workers, n_chunks, multiply_chunk, &all);
     if (memory != stack) bw_free(memory);
-    return (bw_status)atomic_load(&all.status);
+    return status ? status : (bw_status)atomic_load(&all.status);
 }

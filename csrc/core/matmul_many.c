@@ -32,10 +32,6 @@ typedef struct {
     uint8_t *bytes; /* max(TILE_COLS, n_groups) + 16 */
 } tile_scratch;
 
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) {
-    return a < b ? a : b;
-}
-
 static ptrdiff_t tile_scratch_bytes(ptrdiff_t n_groups) {
     ptrdiff_t values = (TILE_ROWS * TILE_COLS + BLOCK_TOKENS * TILE_ROWS) * (ptrdiff_t)sizeof(float);
     return values + bw_aligned(TILE_ROWS * n_groups * 4) + bw_aligned(n_groups + TILE_COLS + 16);
@@ -71,7 +67,7 @@ static bw_status multiply_rows(const tile_job *job, const tile_scratch *s, const
         if ((status = bw_row_zeros(job->product->weight, l, row + r, s->bytes, s->zeros + r * l->n_groups)))
             return status;
     for (ptrdiff_t first = 0; first < cols; first += TILE_COLS) {
-        ptrdiff_t width = least(cols - first, TILE_COLS);
+        ptrdiff_t width = bw_least(cols - first, TILE_COLS);
         for (ptrdiff_t r = 0; r < n; r++)
             if (decode_part(job, row + r, first, width, s->zeros + r * l->n_groups, s->bytes, s->tile + r * TILE_COLS))
                 return BW_ERR_CODE;
@@ -86,7 +82,7 @@ static void multiply_chunk(void *context, ptrdiff_t chunk, int worker) {
     const bw_product *p = job->product;
     tile_scratch s = carve(job, worker);
     ptrdiff_t token = chunk / job->n_row_blocks * BLOCK_TOKENS, row = chunk % job->n_row_blocks * TILE_ROWS;
-    ptrdiff_t m = least(p->x->rows - token, BLOCK_TOKENS), n = least(p->weight->rows - row, TILE_ROWS);
+    ptrdiff_t m = bw_least(p->x->rows - token, BLOCK_TOKENS), n = bw_least(p->weight->rows - row, TILE_ROWS);
     bw_status status = multiply_rows(job, &s, job->x + token * job->x_stride, m, row, n);
     if (status) {
         atomic_store(&job->status, status);
@@ -120,8 +116,8 @@ bw_status bw_multiply_many(const bw_product *product) {
     bw_status status = BW_ERR_MEMORY;
     if (job.scratch && (room || usable_as_is(x))) {
         take_activations(&job, room);
-        bw_parallel_for(n_workers, n_chunks, multiply_chunk, &job);
-        status = (bw_status)atomic_load(&job.status);
+        status = bw_parallel_for(n_workers, n_chunks, multiply_chunk, &job);
+        if (!status) status = (bw_status)atomic_load(&job.status);
     }
     bw_free(job.scratch);
     bw_free(room);

@@ -60,8 +60,8 @@ static bw_status run(pack_job *job, bw_chunk_fn fn) {
     if (!job->from || !job->to) return BW_ERR_ARGUMENT;
     job->rows_per_chunk = CHUNK_CODES / job->cols + 1;
     ptrdiff_t n_chunks = (job->rows - 1) / job->rows_per_chunk + 1;
-    bw_parallel_for(bw_n_workers(n_chunks), n_chunks, fn, job);
-    return (bw_status)atomic_load(&job->status);
+    status = bw_parallel_for(bw_n_workers(n_chunks), n_chunks, fn, job);
+    return status ? status : (bw_status)atomic_load(&job->status);
 }
 
 bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed) {

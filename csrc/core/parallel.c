@@ -52,7 +52,9 @@ static struct {
     int n_workers; /* on borrowed threads */
     atomic_llong next_chunk;
     atomic_int next_worker;
+    atomic_int interrupted;
     atomic_int n_threads;
+    _Atomic(bw_interrupt_fn) ask;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .n_threads = 1};
 
 bw_status bw_set_num_threads(int n) {
@@ -74,11 +76,21 @@ int bw_n_workers(ptrdiff_t n_chunks) {
     return n_chunks < n ? (n_chunks < 1 ? 1 : (int)n_chunks) : n;
 }
 
+void bw_on_interrupt(bw_interrupt_fn ask) {
+    atomic_store(&pool.ask, ask);
+}
+
+static int interrupted(void) {
+    bw_interrupt_fn ask = atomic_load_explicit(&pool.ask, memory_order_relaxed);
+    return ask && ask();
+}
+
 static void run_chunks(const bw_job *job, int worker) {
     for (;;) {
         long long chunk = atomic_fetch_add_explicit(&pool.next_chunk, 1, memory_order_relaxed);
-        if (chunk >= job->n_chunks) return;
+        if (chunk >= job->n_chunks || atomic_load_explicit(&pool.interrupted, memory_order_relaxed)) return;
         job->fn(job->context, (ptrdiff_t)chunk, worker);
+        if (interrupted()) atomic_store_explicit(&pool.interrupted, 1, memory_order_relaxed);
     }
 }
 
@@ -172,29 +184,33 @@ static void start_workers(int n) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void run_alone(ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
-    for (ptrdiff_t i = 0; i < n_chunks; i++) fn(context, i, 0);
+static bw_status run_alone(ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
+    for (ptrdiff_t i = 0; i < n_chunks; i++) {
+        fn(context, i, 0);
+        if (interrupted()) return BW_ERR_INTERRUPTED;
+    }
+    return BW_OK;
 }
 
-void bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
-    /* The lock is taken whenever a loop runs, so a call from inside a chunk, on whatever thread, finds it taken. */
-    if (n_workers < 2 || n_chunks < 2 || pthread_mutex_trylock(&pool.owner)) {
-        run_alone(n_chunks, fn, context);
-        return;
-    }
-    pool.job = (bw_job){fn, context, n_chunks};
-    pool.n_workers = n_workers;
-    atomic_store(&pool.next_chunk, 0);
-    atomic_store(&pool.next_worker, 0);
-    /* Always as many as there are: a smaller team would end the threads that it leaves out. */
-    if (bw_openmp_run(bw_get_num_threads(), run_borrowed, NULL)) {
-        pthread_mutex_unlock(&pool.owner);
-        return;
-    }
+static void run_on_own_threads(int n_workers) {
     start_workers(n_workers);
     if (n_workers > pool.n_started + 1) n_workers = pool.n_started + 1;
     for (int i = 1; i < n_workers; i++) post(&workers[i]);
     run_chunks(&pool.job, 0);
     for (int i = 1; i < n_workers; i++) finish(&workers[i]);
+}
+
+bw_status bw_parallel_for(int n_workers, ptrdiff_t n_chunks, bw_chunk_fn fn, void *context) {
+    /* The lock is taken whenever a loop runs, so a call from inside a chunk, on whatever thread, finds it taken. */
+    if (n_workers < 2 || n_chunks < 2 || pthread_mutex_trylock(&pool.owner)) return run_alone(n_chunks, fn, context);
+    pool.job = (bw_job){fn, context, n_chunks};
+    pool.n_workers = n_workers;
+    atomic_store(&pool.next_chunk, 0);
+    atomic_store(&pool.next_worker, 0);
+    atomic_store(&pool.interrupted, 0);
+    /* Always as many as there are: a smaller team would end the threads that it leaves out. */
+    if (!bw_openmp_run(bw_get_num_threads(), run_borrowed, NULL)) run_on_own_threads(n_workers);
+    bw_status status = atomic_load(&pool.interrupted) ? BW_ERR_INTERRUPTED : BW_OK;
     pthread_mutex_unlock(&pool.owner);
+    return status;
 }

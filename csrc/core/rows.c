@@ -92,9 +92,9 @@ bw_status bw_quantize_rows(const bw_matrix *weight, const bw_matrix *importance,
                       bw_aligned(groups * 2) + bw_aligned(out->cols + 8);
     f.scratch = bw_alloc(n_workers, f.scratch_bytes);
     if (!f.scratch) return BW_ERR_MEMORY;
-    bw_parallel_for(n_workers, n_chunks, quantize_chunk, &f);
+    status = bw_parallel_for(n_workers, n_chunks, quantize_chunk, &f);
     bw_free(f.scratch);
-    return (bw_status)atomic_load(&f.status);
+    return status ? status : (bw_status)atomic_load(&f.status);
 }
 
 /* All above zero and finite: fp16 patterns 1 .. 0x7bff. */

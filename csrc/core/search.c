@@ -173,8 +173,8 @@ bw_status bw_search(const bw_matrix *weight, const bw_scheme *schemes, ptrdiff_t
     job.sums = bw_alloc(n_chunks, n_schemes * (ptrdiff_t)sizeof *job.sums);
     if (!job.scratch || !job.sums) status = BW_ERR_MEMORY;
     else {
-        bw_parallel_for(n_workers, n_chunks, search_chunk, &job);
-        status = (bw_status)atomic_load(&job.status);
+        status = bw_parallel_for(n_workers, n_chunks, search_chunk, &job);
+        if (!status) status = (bw_status)atomic_load(&job.status);
     }
     for (ptrdiff_t c = 0; c < n_chunks && !status; c++)
         for (ptrdiff_t s = 0; s < n_schemes; s++) out[s] += job.sums[c * n_schemes + s];

@@ -40,8 +40,7 @@ static bw_status run(job *j) {
     if (!r->weight || !r->offset || !ranges || !j->out) return BW_ERR_ARGUMENT;
     j->rows_per_chunk = CHUNK_VALUES / r->cols + 1;
     ptrdiff_t n_chunks = (r->rows - 1) / j->rows_per_chunk + 1;
-    bw_parallel_for(bw_n_workers(n_chunks), n_chunks, run_chunk, j);
-    return BW_OK;
+    return bw_parallel_for(bw_n_workers(n_chunks), n_chunks, run_chunk, j);
 }
 
 bw_status bw_train_forward(const bw_rounding *rounding, float *values) {

@@ -26,9 +26,9 @@ PyObject *bw_py_align(PyObject *module, PyObject *const *args, Py_ssize_t n_args
     aligned = PyArray_SimpleNew(2, size, NPY_FLOAT32);
     if (!aligned) goto done;
     float *out = PyArray_DATA((PyArrayObject *)aligned);
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_align(&matrix, (const float *)hessian.data, (const float *)cross.data, share, &damping, out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     int about_hessian = status == BW_ERR_HESSIAN || status == BW_ERR_FACTOR;
     if (status) bw_raise("align", about_hessian ? "hessian" : status == BW_ERR_NONFINITE ? "cross" : "weight", status);
     else result = Py_BuildValue("(Od)", aligned, damping);

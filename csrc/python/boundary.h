@@ -36,6 +36,13 @@ int bw_arg_scheme(const char *name, PyObject *value, bw_scheme *out);
  * An exception already set stays. Returns NULL, for `return bw_raise(...)`. */
 PyObject *bw_raise(const char *operation, const char *argument, bw_status status);
 
+/* ---- gil.c ---- */
+/* Around a call of the core. In between the calling thread asks for signals through bw_ask_signals, the function for
+ * bw_on_interrupt; after BW_ERR_INTERRUPTED the handler's exception is set. */
+void bw_release_gil(void);
+void bw_take_gil(void);
+int bw_ask_signals(void);
+
 /* ---- tensor.c ---- */
 enum { BW_MAX_DIMS = 8 };
 

@@ -22,9 +22,9 @@ PyObject *bw_py_quantize_clip(PyObject *module, PyObject *const *args, Py_ssize_
         goto done;
     result = bw_stored_new(matrix.rows, matrix.cols, &scheme, &out);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_quantize_clip(&matrix, v[2] ? &counts : NULL, &out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("quantize_clip", "weight", status);

@@ -45,6 +45,7 @@ PyObject *bw_raise(const char *operation, const char *argument, bw_status status
                      "in %s",
                      operation);
         break;
+    case BW_ERR_INTERRUPTED: PyErr_SetNone(PyExc_KeyboardInterrupt); break;
     case BW_ERR_HESSIAN:
         PyErr_Format(PyExc_ValueError,
                      "%s: expected a finite, symmetric matrix with a diagonal >= 0; got another in %s", argument,

@@ -42,9 +42,9 @@ PyObject *bw_py_quantize_gptq(PyObject *module, PyObject *const *args, Py_ssize_
     errors = stored ? PyArray_ZEROS(1, &rows, NPY_FLOAT64, 0) : NULL;
     if (!errors) goto done;
     report.row_errors = PyArray_DATA((PyArrayObject *)errors);
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_quantize_gptq(&matrix, (const float *)hessian.data, &options, &out, &report);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     int about_hessian = status == BW_ERR_HESSIAN || status == BW_ERR_FACTOR;
     if (status) bw_raise("quantize_gptq", about_hessian ? "hessian" : "weight", status);
     else result = Py_BuildValue("(OOdL)", stored, errors, report.damping, (long long)report.n_dead);

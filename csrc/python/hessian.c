@@ -25,9 +25,9 @@ PyObject *bw_py_hessian_add(PyObject *module, PyObject *const *args, Py_ssize_t 
     if (bw_view_expect_apart("hessian", &h, "x", &x) || (v[2] && bw_view_expect_apart("hessian", &h, "y", &y)) ||
         (v[3] && bw_view_expect_apart("hessian", &h, "weights", &weights)))
         goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_hessian_add(&matrix, v[2] ? &other : NULL, (const float *)weights.data, (float *)h.data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     const char *argument = status == BW_ERR_ARGUMENT ? "weights" : status == BW_ERR_SHAPE ? "y" : "x";
     if (status) bw_raise("hessian_add", argument, status);
     else result = Py_NewRef(Py_None);
@@ -53,9 +53,9 @@ PyObject *bw_py_mirror_upper(PyObject *module, PyObject *const *args, Py_ssize_t
         goto done;
     const int64_t shape[2] = {h.shape[0], h.shape[0]};
     if (bw_view_expect_shape("hessian", &h, 2, shape) || bw_view_expect_dtype("hessian", &h, "float32")) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_mirror_upper((ptrdiff_t)shape[0], (float *)h.data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) bw_raise("mirror_upper", "hessian", status);
     else result = Py_NewRef(Py_None);
 done:

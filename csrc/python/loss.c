@@ -28,9 +28,9 @@ PyObject *bw_py_cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_
     if (bw_view_array("targets", v[1], "int64", 1, shape, 0, &targets)) goto done;
     result = new_losses(matrix.rows, &out);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_cross_entropy(&matrix, (const int64_t *)targets.data, out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("cross_entropy", status == BW_ERR_INDEX ? "targets" : "logits", status);
@@ -61,9 +61,9 @@ PyObject *bw_py_kl_divergence(PyObject *module, PyObject *const *args, Py_ssize_
         goto done;
     result = new_losses(first.rows, &out);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_kl_divergence(&first, &second, out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("kl_divergence", "logits", status);
@@ -85,9 +85,9 @@ PyObject *bw_py_total(PyObject *module, PyObject *const *args, Py_ssize_t n_args
     double sum = 0;
     bw_status status;
     if (bw_parse("total", names, args, n_args, keywords, v) || bw_view_float_matrix("x", v[0], &x, &matrix)) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_total(&matrix, &sum);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) bw_raise("total", "x", status);
     else result = PyFloat_FromDouble(sum);
 done:

@@ -74,9 +74,9 @@ static int multiply(const char *verb, const bw_matrix *x, const bw_factor *facto
         biases[i] = factors[i].has_bias ? &factors[i].added : NULL;
         outs[i] = factors[i].out.data;
     }
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_matmul_together(x, n, weights, biases, (bw_mode)mode, n ? factors->dtype : BW_F32, outs);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) bw_raise(verb, "codes", status);
     return status ? -1 : 0;
 }
@@ -106,6 +106,43 @@ done:
     return result;
 }
 
+/* All factors of matmul_together, in an array of BW_MOST_TOGETHER that the caller releases; how many, -1 after an
+ * error. */
+static int acquire_factors(PyObject *layers, PyObject *outs, const bw_view *x, const bw_matrix *activations,
+                           bw_factor *factors) {
+    Py_ssize_t n = PyTuple_Check(layers) ? PyTuple_Size(layers) : -1,
+               n_outs = PyTuple_Check(outs) ? PyTuple_Size(outs) : -1;
+    if (n < 0 || n_outs < 0) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple; got %R", n < 0 ? "layers" : "outs", n < 0 ? layers : outs);
+        return -1;
+    }
+    if (n > BW_MOST_TOGETHER || n_outs != n) {
+        PyErr_Format(PyExc_ValueError, "layers: expected at most %d, and as many outs; got %zd and %zd",
+                     BW_MOST_TOGETHER, n, n_outs);
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < n; k++) {
+        PyObject *layer = PyTuple_GetItem(layers, k), *parts[6];
+        if (!PyTuple_Check(layer) || PyTuple_Size(layer) != 6) {
+            PyErr_Format(PyExc_TypeError, "layers: expected tuples of 6; got %R", layer);
+            return -1;
+        }
+        for (int i = 0; i < 6; i++) parts[i] = PyTuple_GetItem(layer, i);
+        bw_factor *f = &factors[k];
+        if (acquire_factor(parts, PyTuple_GetItem(outs, k), x, activations, f)) return -1;
+        if (f->dtype != factors->dtype) {
+            PyErr_SetString(PyExc_TypeError, "outs: expected one dtype");
+            return -1;
+        }
+        for (const bw_factor *other = factors; other < f; other++)
+            if (bw_view_expect_apart("outs", &f->out, "outs", &other->out) ||
+                bw_stored_expect_apart("outs", &f->out, &other->stored) ||
+                bw_stored_expect_apart("outs", &other->out, &f->stored))
+                return -1;
+    }
+    return (int)n;
+}
+
 const char bw_doc_matmul_together[] =
     "matmul_together(x, layers, outs, mode=0)\n--\n\n"
     "matmul of one x with up to 4 layers in one parallel region, the same bits as one at a time.\n\n"
@@ -120,41 +157,11 @@ PyObject *bw_py_matmul_together(PyObject *module, PyObject *const *args, Py_ssiz
     bw_factor factors[BW_MOST_TOGETHER] = {0};
     bw_matrix activations;
     int64_t mode = 0;
-    Py_ssize_t n = 0;
     if (bw_parse("matmul_together", names, args, n_args, keywords, v) || bw_arg_int("mode", v[3], 0, 2, &mode))
         goto done;
-    Py_ssize_t n_layers = PyTuple_Check(v[1]) ? PyTuple_Size(v[1]) : -1,
-               n_outs = PyTuple_Check(v[2]) ? PyTuple_Size(v[2]) : -1;
-    if (n_layers < 0 || n_outs < 0) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a tuple; got %R", n_layers < 0 ? "layers" : "outs",
-                     v[n_layers < 0 ? 1 : 2]);
-        goto done;
-    }
-    if (n_layers > BW_MOST_TOGETHER || n_outs != n_layers) {
-        PyErr_Format(PyExc_ValueError, "layers: expected at most %d, and as many outs; got %zd and %zd",
-                     BW_MOST_TOGETHER, n_layers, n_outs);
-        goto done;
-    }
     if (bw_view_acquire("x", v[0], 0, &x) || view_rows("x", &x, &activations)) goto done;
-    for (; n < n_layers; n++) {
-        PyObject *layer = PyTuple_GetItem(v[1], n), *parts[6];
-        if (!PyTuple_Check(layer) || PyTuple_Size(layer) != 6) {
-            PyErr_Format(PyExc_TypeError, "layers: expected tuples of 6; got %R", layer);
-            goto done;
-        }
-        for (int i = 0; i < 6; i++) parts[i] = PyTuple_GetItem(layer, i);
-        if (acquire_factor(parts, PyTuple_GetItem(v[2], n), &x, &activations, &factors[n])) goto done;
-        if (factors[n].dtype != factors->dtype) {
-            PyErr_SetString(PyExc_TypeError, "outs: expected one dtype");
-            goto done;
-        }
-        for (Py_ssize_t i = 0; i < n; i++)
-            if (bw_view_expect_apart("outs", &factors[n].out, "outs", &factors[i].out) ||
-                bw_stored_expect_apart("outs", &factors[n].out, &factors[i].stored) ||
-                bw_stored_expect_apart("outs", &factors[i].out, &factors[n].stored))
-                goto done;
-    }
-    if (!multiply("matmul_together", &activations, factors, (int)n, mode)) result = Py_NewRef(Py_None);
+    int n = acquire_factors(v[1], v[2], &x, &activations, factors);
+    if (n >= 0 && !multiply("matmul_together", &activations, factors, n, mode)) result = Py_NewRef(Py_None);
 done:
     for (int i = 0; i < BW_MOST_TOGETHER; i++) release_factor(&factors[i]);
     bw_view_release(&x);

@@ -9,9 +9,10 @@ static PyMethodDef methods[] = {
 #undef VERB
 
 static int execute(PyObject *module) {
-    (void)module;
     import_array1(-1);
-    return 0;
+    bw_on_interrupt(bw_ask_signals);
+    if (PyModule_AddIntConstant(module, "FEW_TOKENS", BW_FEW_TOKENS)) return -1;
+    return PyModule_AddIntConstant(module, "MOST_TOGETHER", BW_MOST_TOGETHER);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};

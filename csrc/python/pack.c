@@ -44,9 +44,9 @@ PyObject *bw_py_pack(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
     }
     result = new_bytes("pack", codes.shape[0], layout.row_bytes, &data);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_pack((uint8_t *)codes.data, (ptrdiff_t)codes.shape[0], (ptrdiff_t)codes.shape[1], levels, data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("pack", "codes", status);
@@ -82,9 +82,9 @@ PyObject *bw_py_unpack(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     if (bw_view_expect_shape("packed", &packed, 2, shape)) goto done;
     result = new_bytes("unpack", packed.shape[0], cols, &data);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_unpack((uint8_t *)packed.data, (ptrdiff_t)packed.shape[0], (ptrdiff_t)cols, levels, data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("unpack", "packed", status);

@@ -19,9 +19,9 @@ PyObject *bw_py_quantize_rtn(PyObject *module, PyObject *const *args, Py_ssize_t
         goto done;
     result = bw_stored_new(matrix.rows, matrix.cols, &scheme, &out);
     if (!result) goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_quantize_rtn(&matrix, &out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("quantize_rtn", "weight", status);
@@ -59,9 +59,9 @@ PyObject *bw_py_encode(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
         Py_CLEAR(codes);
         goto done;
     }
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_encode(&matrix, &stored.tensor);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(codes);
         bw_raise("encode", status == BW_ERR_CODE ? "zeros" : "weight", status);
@@ -97,11 +97,11 @@ PyObject *bw_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (bw_view_expect_shape("out", &out, 2, shape) || bw_stored_expect_apart("out", &out, &stored) ||
         (v[6] && bw_view_expect_apart("out", &out, "rows", &rows)))
         goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = v[6] ? bw_dequantize_rows(&stored.tensor, (const int64_t *)rows.data, (ptrdiff_t)shape[0], matrix.dtype,
                                        out.data)
                   : bw_dequantize(&stored.tensor, matrix.dtype, out.data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) bw_raise("dequantize", status == BW_ERR_INDEX ? "rows" : "codes", status);
     else result = Py_NewRef(Py_None);
 done:

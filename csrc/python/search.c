@@ -49,9 +49,9 @@ PyObject *bw_py_search(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     if (!result) goto done;
     bw_status status;
     double *out = PyArray_DATA((PyArrayObject *)result);
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_search(&matrix, schemes, n, v[2] ? &counts : NULL, v[3] ? (const double *)rows.data : NULL, clip, out);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) {
         Py_CLEAR(result);
         bw_raise("search", "weight", status);

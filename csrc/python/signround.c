@@ -60,9 +60,9 @@ PyObject *bw_py_train_forward(PyObject *module, PyObject *const *args, Py_ssize_
     if (bw_parse("train_forward", names, args, n_args, keywords, v) || acquire(v, &h) ||
         bw_view_array("out", v[5], "float32", 2, h.weight.shape, BW_WRITABLE, &out) || expect_apart("out", &out, &h))
         goto done;
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_train_forward(&h.rounding, (float *)out.data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status) bw_raise("train_forward", "weight", status);
     else result = Py_NewRef(Py_None);
 done:
@@ -99,10 +99,10 @@ PyObject *bw_py_train_backward(PyObject *module, PyObject *const *args, Py_ssize
         for (int j = 0; j < 3; j++)
             if (j != i && bw_view_expect_apart(names[6 + i], outs[i], names[6 + j], outs[j])) goto done;
     }
-    Py_BEGIN_ALLOW_THREADS
+    bw_release_gil();
     status = bw_train_backward(&h.rounding, (const float *)grad.data, (float *)into_offset.data, (float *)into_low.data,
                                (float *)into_high.data);
-    Py_END_ALLOW_THREADS
+    bw_take_gil();
     if (status && bw_view_size(&h.weight)) bw_raise("train_backward", "grad", status);
     else result = Py_NewRef(Py_None);
 done:

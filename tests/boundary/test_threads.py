@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -269,8 +270,6 @@ def test_row_34_ctrl_c_reaches_python_while_workers_sleep():
         "_core.quantize_rtn(np.ones((900, 900), np.float32), Scheme(4).key)\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    print('answered')\n"
     )
-    import signal
-
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, preexec_fn=faults.hear_ctrl_c
     )
@@ -280,6 +279,48 @@ def test_row_34_ctrl_c_reaches_python_while_workers_sleep():
     assert child.stdout.readline() == "answered\n"
     assert time.monotonic() - start < 1
     child.wait(10)
+
+
+class Rang(Exception):
+    pass
+
+
+def long_calls():
+    """Calls that take seconds on any machine."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((16384, 512), np.float32)
+    basis = rng.standard_normal((512, 512), np.float32)
+    hessian = basis @ basis.T
+    tokens = rng.standard_normal((6000, 8192), np.float32)
+    schemes = tuple(Scheme(bits, 16).key for bits in (2, 3, 4, 5, 6, 8)) * 4
+    return {
+        "gptq": lambda: _core.quantize_gptq(weight, hessian, Scheme(2).key, 0.01, 1000, 0.0),
+        "search": lambda: _core.search(weight, schemes, clip=True),
+        "hessian": lambda: _core.hessian_add(tokens, np.zeros((8192, 8192), np.float32)),
+    }
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("name", ["gptq", "search", "hessian"])
+def test_row_34_signals_are_answered_within_a_long_call(name, n_threads):
+    work = long_calls()[name]
+    _core.set_num_threads(n_threads)
+
+    def ring(*_):
+        assert _core.quantize_rtn(np.ones((400, 900), np.float32), Scheme(4).key)  # a handler may use the core too
+        raise Rang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        start = time.monotonic()
+        with pytest.raises(Rang):
+            work()
+        assert time.monotonic() - start < 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(_core.quantize_rtn(np.ones((40, 300), np.float32), Scheme(4).key)) == 3
 
 
 def test_threads_are_refused_out_of_range():

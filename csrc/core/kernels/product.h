@@ -13,11 +13,13 @@
  *   digits:  128 bytes of whole numbers a unit, in the order that suits the instruction set; then, one fp32 a cell and
  *            padded with zeros to 16: the scales t; the sums of n */
 
-enum { UNIT = 64, ROWS_AT_ONCE = 4, TOKENS_AT_ONCE = 4, OUT_STRIDE = BW_FEW_ROWS, CACHE_LINE = 64 };
-
-static inline ptrdiff_t padded_cells(ptrdiff_t n) {
-    return (n + 15) / 16 * 16;
-}
+enum {
+    UNIT = 64,
+    ROWS_AT_ONCE = BW_ROWS_AT_ONCE,
+    TOKENS_AT_ONCE = BW_TOKENS_AT_ONCE,
+    OUT_STRIDE = BW_FEW_ROWS,
+    CACHE_LINE = 64
+};
 
 /* Whole numbers reach 127, or 127 * 256, so that the upper byte stays within 127 when the lower one is signed. */
 static inline float largest_whole(int digits) {
@@ -40,9 +42,9 @@ static inline float round_cell(const float *x, int n, int digits, bw_vf *whole) 
 }
 
 static void prepare_token(const bw_few *job, const float *x, char *token) {
-    float *scales = (float *)(token + job->n_units * 2 * UNIT), *sums = scales + padded_cells(job->n_cells);
+    float *scales = (float *)(token + job->n_units * 2 * UNIT), *sums = scales + bw_padded_cells(job->n_cells);
     int vectors = 1 << (job->cell_shift - 4), cells = 4 / vectors;
-    memset(scales, 0, (size_t)padded_cells(job->n_cells) * 2 * sizeof(float));
+    memset(scales, 0, (size_t)bw_padded_cells(job->n_cells) * 2 * sizeof(float));
     for (ptrdiff_t u = 0; u < job->n_units; u++, x += UNIT, token += 2 * UNIT) {
         bw_vf whole[4];
         for (int c = 0; c < cells; c++) {
@@ -175,7 +177,7 @@ static inline __attribute__((always_inline)) void start_digits(const bw_few *job
                 int i = t * ROWS_AT_ONCE + r;
                 bw_vf product = bw_mul(scale, bw_load(token));
                 bw_store(scales + i * stride + c, product);
-                sums[i] = bw_sub(sums[i], bw_mul(bw_mul(zero, product), bw_load(token + padded_cells(n_cells))));
+                sums[i] = bw_sub(sums[i], bw_mul(bw_mul(zero, product), bw_load(token + bw_padded_cells(n_cells))));
             }
         }
     }
@@ -286,7 +288,7 @@ static void multiply_one(const bw_few *job, row_block *b, ptrdiff_t token, float
 /* out (n_tokens rows of OUT_STRIDE) = tokens times n <= OUT_STRIDE rows from `row` on. */
 static bw_status multiply_rows(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
                                float *out) {
-    row_block b = {.scales = (float *)scratch, .stride = padded_cells(job->n_cells) + 16};
+    row_block b = {.scales = (float *)scratch, .stride = bw_padded_cells(job->n_cells) + 16};
     b.zeros = b.scales + ROWS_AT_ONCE * b.stride;
     b.reader = bw_read_dense(job->bits);
     b.smallest = bw_set(1);

@@ -24,6 +24,13 @@ typedef struct {
 typedef struct {
     float scales[BW_TILE_ROWS], inverses[BW_TILE_ROWS], zeros[BW_TILE_ROWS];
 } bw_tile_grid;
+/* The main loop of a product takes so many rows and tokens at once; cells of either are padded with zeros. */
+enum { BW_ROWS_AT_ONCE = 4, BW_TOKENS_AT_ONCE = 4 };
+
+static inline ptrdiff_t bw_padded_cells(ptrdiff_t n) {
+    return (n + 15) / 16 * 16;
+}
+
 /* A product with a few tokens at work; kernels/product.h tells what a unit, a cell and a prepared token are. */
 typedef struct {
     const bw_quantized *weight;
