@@ -294,7 +294,7 @@ def long_calls():
     tokens = rng.standard_normal((6000, 8192), np.float32)
     schemes = tuple(Scheme(bits, 16).key for bits in (2, 3, 4, 5, 6, 8)) * 4
     return {
-        "gptq": lambda: _core.quantize_gptq(weight, hessian, Scheme(2).key, 0.01, 1000, 0.0),
+        "gptq": lambda: _core.quantize_gptq(weight, hessian, Scheme(2).key, 0.01, 50, 0.0),
         "search": lambda: _core.search(weight, schemes, clip=True),
         "hessian": lambda: _core.hessian_add(tokens, np.zeros((8192, 8192), np.float32)),
     }
