@@ -54,8 +54,9 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz
 
-soak: $(VENV)/bitween.stamp  ## kill and resume 50 runs at random moments and compare their bytes (10 minutes)
+soak: $(VENV)/bitween.stamp  ## kill runs at 50 random moments and at every fsync and rename, resume, compare bytes (20 minutes)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed
+	$(BIN)/python -m tests.every_call build/every_call quantize
 
 bench: $(VENV)/bitween.stamp $(MODEL)/config.json  ## run the benchmarks of speed; those of damage need a text: docs/planning.md, docs/quantizers.md
 	$(BIN)/python benchmarks/kernels.py

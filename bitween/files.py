@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,26 +39,14 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], 
     The mode follows the umask. The file and its directory are on the disk on return.
     """
     path = Path(path)
-    n_bytes, n_wanted = 0, None if callable(content) else memoryview(content).nbytes
+    n_wanted = None if callable(content) else memoryview(content).nbytes
     temporary, descriptor = _new_temporary(path, _open_new)
-    try:
+    with _all_or_nothing(path, temporary, descriptor, n_wanted):
         with os.fdopen(descriptor, "wb", closefd=False) as file:
-            try:
-                content(file) if callable(content) else file.write(content)
-                file.flush()
-            finally:
-                n_bytes = os.fstat(descriptor).st_size
+            content(file) if callable(content) else file.write(content)
         os.fsync(descriptor)
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _explained(error, path, n_bytes, n_wanted) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -71,20 +60,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary, descriptor = _new_temporary(path, _open_new)
-    try:
+    with _all_or_nothing(path, temporary, descriptor):
         yield temporary
         os.fsync(descriptor)
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
-        n_bytes = os.fstat(descriptor).st_size
-        temporary.unlink(missing_ok=True)
-        raise _explained(error, path, n_bytes, None) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -115,23 +95,12 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, descriptor = _new_temporary(path, _make_directory)
-    try:
+    with _all_or_nothing(path, temporary, descriptor):
         yield temporary
         _push_tree(temporary)
         _refuse_existing(path)
         os.rename(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
-        n_bytes = _tree_bytes(temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if error.filename and not str(error.filename).startswith(str(temporary)):
-            raise
-        raise _explained(error, path, n_bytes, None) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(descriptor)
 
 
 def check_space(directory: str | os.PathLike, n_bytes: int) -> None:
@@ -178,7 +147,12 @@ def _make_directory(path: Path) -> int:
 
 
 def _new_temporary(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new temporary beside `target` and its descriptor, locked. One that a sweep took before the lock is remade."""
+    """A new temporary beside `target` and its descriptor, locked. One that a sweep took before the lock is remade.
+
+    What killed writers left there goes first, as nobody else would look for it.
+    """
+    with contextlib.suppress(OSError):
+        sweep(target.parent)
     while True:
         path = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         try:
@@ -200,15 +174,26 @@ def _remove_if_abandoned(path: str) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-        return True
     except OSError:
         return False
+    else:
+        return _remove(Path(path))
     finally:
         os.close(descriptor)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file or a tree as far as the system lets, by names alone: shutil.rmtree gives up when a close fails."""
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return True
+        for place, _, names in os.walk(path, topdown=False):
+            for name in names:
+                os.unlink(os.path.join(place, name))
+            os.rmdir(place)
+        return True
+    return False
 
 
 def _refuse_existing(path: Path) -> None:
@@ -234,8 +219,34 @@ def _push_tree(folder: Path) -> None:
         sync_directory(place)
 
 
-def _tree_bytes(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+@contextlib.contextmanager
+def _all_or_nothing(path: Path, temporary: Path, descriptor: int, n_wanted: int | None = None) -> Iterator[None]:
+    """Around the filling of a temporary: after any error it is removed, and what the system said is explained."""
+    try:
+        yield
+    except BaseException as error:
+        failed, n_bytes = _system_error(error), _n_bytes(temporary)
+        _remove(temporary)
+        about = failed and failed.filename and str(failed.filename)
+        if failed is None or (about and about != str(path.parent) and not about.startswith(str(temporary))):
+            raise
+        raise _explained(failed, path, n_bytes, n_wanted) from error
+    finally:
+        os.close(descriptor)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system said to a writer: an OSError, or the number in the words of a library that is written in Rust."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def _n_bytes(path: Path) -> int:
+    """Of a file, or of all files in a directory; 0 when there is nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
 
 
 def _explained(error: OSError, path: Path, n_bytes: int, n_wanted: int | None) -> OSError:

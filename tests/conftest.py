@@ -1,6 +1,8 @@
 """Settings and fixtures for all tests."""
 
 import copy
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,10 @@ def tiny_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def memory_folder():
+    """A place for many small runs, in memory where that exists: there fsync costs nothing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as place:
+        yield Path(place)

@@ -123,22 +123,31 @@ def test_link_is_replaced_not_followed(tmp_path):
     assert not (tmp_path / "link").is_symlink()
 
 
-def test_sweep_spares_writers_at_work_and_other_files(tmp_path):
-    (tmp_path / ".bitween-dead.tmp").write_bytes(b"left")
-    (tmp_path / ".bitween-deadfolder.tmp").mkdir()
-    (tmp_path / ".bitween-deadfolder.tmp/x").write_bytes(b"left")
-    (tmp_path / ".bitween-link.tmp").symlink_to("other")
-    (tmp_path / "other").write_bytes(b"mine")
+def leave(folder):
+    """What killed writers leave, and what only looks like it."""
+    (folder / ".bitween-dead.tmp").write_bytes(b"left")
+    (folder / ".bitween-deadfolder.tmp").mkdir()
+    (folder / ".bitween-deadfolder.tmp/x").write_bytes(b"left")
+    if not (folder / "other").exists():
+        (folder / ".bitween-link.tmp").symlink_to("other")
+        (folder / "other").write_bytes(b"mine")
+    return [".bitween-dead.tmp", ".bitween-deadfolder.tmp"]
 
+
+def test_sweep_spares_writers_at_work_and_other_files(tmp_path):
     def content(file):
         file.write(b"at work")
-        assert sweep(tmp_path) == [".bitween-dead.tmp", ".bitween-deadfolder.tmp"]
+        left = leave(tmp_path)
+        assert sweep(tmp_path) == left
 
-    atomic_write(tmp_path / "a", content)
+    leave(tmp_path)  # goes before anything is written
+    atomic_write(tmp_path / "b", content)
+    assert sorted(os.listdir(tmp_path)) == [".bitween-link.tmp", "b", "other"]
+    leave(tmp_path)
     with atomic_directory(tmp_path / "d") as folder:
         (folder / "x").write_bytes(b"1")
         assert sweep(tmp_path) == []
-    assert sorted(os.listdir(tmp_path)) == [".bitween-link.tmp", "a", "d", "other"]
+    assert sorted(os.listdir(tmp_path)) == [".bitween-link.tmp", "b", "d", "other"]
 
 
 def test_check_space(tmp_path):

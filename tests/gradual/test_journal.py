@@ -8,8 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,10 +44,8 @@ def end_state(directory):
 
 
 @pytest.fixture
-def folder():
-    """A place for many small runs, in memory where that exists: there fsync costs nothing."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as place:
-        yield Path(place) / "journal"
+def folder(memory_folder):
+    return memory_folder / "journal"
 
 
 @pytest.fixture(scope="module")
