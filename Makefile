@@ -14,10 +14,11 @@ C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.
 MODEL = demo-output/SmolLM2-135M
 QUANTIZED = demo-output/SmolLM2-135M-quantized
 SANITIZED = build/sanitize
+COVERED = build/coverage
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize fuzz soak bench docs clean
+.PHONY: help demo test lint format sanitize coverage fuzz soak bench docs clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +51,16 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip))
+
+coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (10 minutes)
+	$(PIP) -q gcovr==8.8
+	rm -rf $(COVERED)
+	mkdir -p $(COVERED)
+	cp -R pyproject.toml setup.py README.md LICENSE csrc bitween tests $(COVERED)
+	rm -f $(COVERED)/bitween/_core*.so
+	cd $(COVERED) && BITWEEN_COVERAGE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(COVERED) && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/core tests/boundary
+	cd $(COVERED) && $(abspath $(BIN))/gcovr --root csrc --object-directory build --txt-summary --print-summary
 
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz

@@ -1,12 +1,16 @@
 """Saving and loading by transformers' own functions, with and without bitween in the reading process."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import bitween
@@ -123,6 +127,43 @@ def test_saved_directory_is_complete(schemes, format, tmp_path, tiny_model, tiny
     assert tokenizer("hello world").input_ids == tiny_tokenizer("hello world").input_ids
     with pytest.raises(FileExistsError):
         bitween.save_model(model, tiny_tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("schemes", [[Scheme(4, 16, True)], MIXED], ids=["compressed-tensors", "native"])
+def test_a_pipeline_writes_what_the_model_writes(schemes, tmp_path, tiny_model, tiny_tokenizer):
+    model = quantize(tiny_model, schemes)
+    bitween.save_model(model, tiny_tokenizer, tmp_path / "out")
+    write = transformers.pipeline("text-generation", model=str(tmp_path / "out"), dtype=torch.float32)
+    asked = tiny_tokenizer("It was a", return_tensors="pt")
+    ids = model.generate(**asked, max_new_tokens=12, do_sample=False)
+    written = write("It was a", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    assert written == tiny_tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_push_to_hub_sends_what_save_pretrained_writes(tmp_path, monkeypatch):
+    model = llama([Scheme(4, 32, True)])
+    bitween.attach(model)
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+    def upload(self, folder, repo_id, **_):
+        shutil.copytree(folder, tmp_path / "hub")
+        sent[repo_id] = True
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
+    monkeypatch.setattr(
+        transformers.utils.hub,
+        "create_and_tag_model_card",
+        lambda *_, **__: SimpleNamespace(save=lambda path: Path(path).write_text("card")),
+    )
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    model.push_to_hub("someone/model")
+    assert sent == {"someone/model": True}
+    again, _ = bitween.load_model(tmp_path / "hub")
+    assert torch.equal(tiny_models.logits(again, IDS), tiny_models.logits(model, IDS))
 
 
 def test_a_failing_save_leaves_nothing(tmp_path, monkeypatch):

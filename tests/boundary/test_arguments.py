@@ -234,3 +234,13 @@ def test_row_11_rows_that_do_not_exist(bad):
     given["targets"][3] = bad if bad != 5 else 70
     with pytest.raises(IndexError, match=r"^targets: expected indices of rows or classes"):
         call("cross_entropy", given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1 << 40, 1 << 40), (1 << 33, 1 << 31), (1 << 50, (1 << 14) + 1), (3, 1 << 60)]
+)
+def test_row_10_sizes_that_wrap_around_are_refused(rows, cols):
+    """Whose product is 0, or small, in 64 bits."""
+    for scheme in (Scheme(1, -1), Scheme(4, 64), Scheme(8, 16)):
+        with pytest.raises(ValueError, match="size beyond the address range in layout"):
+            scheme.layout(rows, cols)
