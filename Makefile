@@ -52,15 +52,15 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip))
 
-coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (10 minutes)
+coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (5 minutes)
 	$(PIP) -q gcovr==8.8
 	rm -rf $(COVERED)
 	mkdir -p $(COVERED)
 	cp -R pyproject.toml setup.py README.md LICENSE csrc bitween tests $(COVERED)
 	rm -f $(COVERED)/bitween/_core*.so
 	cd $(COVERED) && BITWEEN_COVERAGE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(COVERED) && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/core tests/boundary
-	cd $(COVERED) && $(abspath $(BIN))/gcovr --root csrc --object-directory build --txt-summary --print-summary
+	cd $(COVERED) && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/core tests/boundary tests/test_together.py -k "not long_call"
+	cd $(COVERED) && $(abspath $(BIN))/gcovr --root . --filter csrc/ --print-summary
 
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz

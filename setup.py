@@ -77,7 +77,7 @@ def extension():
         ]
         link += [f"-fsanitize={sanitizers}"]
     if os.environ.get("BITWEEN_COVERAGE"):
-        extra += ["--coverage", "-O0"]
+        extra += ["--coverage", "-O0", "-fprofile-update=atomic"]
         link += ["--coverage"]
     return Extension(
         "bitween._core",
