@@ -116,19 +116,6 @@ int bw_arg_float(const char *name, PyObject *value, double low, double high, dou
     return 0;
 }
 
-int bw_arg_dtype(const char *name, PyObject *value, bw_dtype *out) {
-    if (!value) return 0;
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
-    for (int i = 0; i < 3; i++)
-        if (PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, names[i]) == 0) {
-            *out = (bw_dtype)i;
-            return 0;
-        }
-    PyErr_Format(PyUnicode_Check(value) ? PyExc_ValueError : PyExc_TypeError,
-                 "%s: expected 'float32', 'float16' or 'bfloat16'; got %R", name, value);
-    return -1;
-}
-
 int bw_arg_scheme(const char *name, PyObject *value, bw_scheme *out) {
     if (!PyTuple_Check(value) || PyTuple_Size(value) != 3) {
         PyErr_Format(PyExc_TypeError, "%s: expected (levels, group_size, symmetric); got %R", name, value);

@@ -26,8 +26,6 @@ int bw_parse(const char *function, const char *const *names, PyObject *const *ar
 int bw_arg_int(const char *name, PyObject *value, int64_t low, int64_t high, int64_t *out);
 int bw_arg_flag(const char *name, PyObject *value, int *out);
 int bw_arg_float(const char *name, PyObject *value, double low, double high, double *out);
-/* "float32" | "float16" | "bfloat16". */
-int bw_arg_dtype(const char *name, PyObject *value, bw_dtype *out);
 /* A tuple (levels, group_size, symmetric), checked. */
 int bw_arg_scheme(const char *name, PyObject *value, bw_scheme *out);
 
