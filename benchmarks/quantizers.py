@@ -5,8 +5,9 @@
 
 All linear layers of the decoder are quantized in groups of 64 with zero points; embedding and head stay as they are.
 "KL" is the damage: KL(original || quantized) in nats a token over the first 12 windows of 512 tokens of the text.
-Methods that learn from text get its last --windows windows. "seconds" go from windows to the quantized model, loading
-left out; "rounding" is the part that is spent on the layers once their activations are known.
+Methods that learn from text get its last --windows windows, 32 where the row does not say. "seconds" go from windows
+to the quantized model, loading left out; "rounding" is the part that is spent on the layers once their activations are
+known.
 
 Peers run in processes of their own (peers.py), each with the interpreter that --python names, and are told as
 "not installed" where it lacks them. New rows replace their like in results/quantizers.json, so that long runs can be
@@ -36,6 +37,7 @@ from bitween.functional import METHODS
 from bitween.sequential import SequentialQuantizer
 
 LENGTH, SCORED = 512, 12
+WINDOWS = 32  # of calibration text, unless told otherwise
 TRAINING_WINDOWS = 2  # a step
 PEERS = ("auto-round", "llmcompressor GPTQ", "hqq")
 NAME = "quantizers"
@@ -120,10 +122,13 @@ def quantize_peer(subject: Subject, peer: str, bits: int, options: argparse.Name
 
 def measure(subject: Subject, method: str, bits: int, options: argparse.Namespace) -> dict[str, object]:
     subject.restore()
-    row = {"model": subject.name, "bits": bits, "method": method}
+    label = (
+        method if len(subject.windows) == WINDOWS or method == "rtn" else f"{method}, {len(subject.windows)} windows"
+    )
+    row = {"model": subject.name, "bits": bits, "method": label}
     found = quantize_peer(subject, method, bits, options) if method in PEERS else quantize_ours(subject, method, bits)
     if method == "auto-round":
-        row["method"] = f"auto-round, {options.iterations} steps"
+        row["method"] += f", {options.iterations} steps"
     if found is None:
         return row | {"KL": None, "seconds": None, "rounding": None, "stored bits": None, "by": "not installed"}
     return row | {"KL": subject.damage()} | found | {"windows": len(subject.windows), "date": common.machine()["date"]}
@@ -135,7 +140,12 @@ def merge(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     by_key = {(row["model"], row["bits"], row["method"]): row for row in [*known, *rows]}
     order = {method: i for i, method in enumerate(METHODS)}
-    return sorted(by_key.values(), key=lambda r: (r["model"], -r["bits"], order.get(r["method"], 99), r["method"]))
+    return sorted(by_key.values(), key=lambda r: (r["model"], -r["bits"], order.get(_verb(r), 99), r["method"]))
+
+
+def _verb(row: dict[str, object]) -> str:
+    """The method of a row without what stands behind a comma."""
+    return str(row["method"]).partition(",")[0]
 
 
 def written(rows: list[dict[str, object]]) -> str:
@@ -143,7 +153,7 @@ def written(rows: list[dict[str, object]]) -> str:
     about = common.machine()
     parts = [
         "# Layer quantizers, measured",
-        __doc__.split("\n\n")[2].replace("--windows", "few"),
+        __doc__.split("\n\n")[2].replace("--windows ", ""),
         f"{about['cpu']}, {about['threads']} threads, {about['isa']}, OpenBLAS {about['blas_core']}, "
         f"torch {about['torch']}; {about['date'][:10]}. Written by `benchmarks/quantizers.py`.",
     ]
@@ -151,7 +161,7 @@ def written(rows: list[dict[str, object]]) -> str:
         own = [row for row in rows if row["model"] == model]
         lines = []
         for row in own:
-            peers = [r["KL"] for r in own if r["bits"] == row["bits"] and r["method"] not in METHODS and r["KL"]]
+            peers = [r["KL"] for r in own if r["bits"] == row["bits"] and _verb(r) not in METHODS and r["KL"]]
             line = {key: row[key] for key in ("bits", "method", "KL")}
             line["of best peer"] = row["KL"] / min(peers) if peers and row["KL"] else ""
             line |= {key: row[key] for key in ("seconds", "rounding", "stored bits", "by")}
@@ -164,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="directories")
     parser.add_argument("--text", required=True, help="file; its start is scored, its end calibrates")
-    parser.add_argument("--windows", type=int, default=32, help=f"of {LENGTH} tokens to calibrate with (default 32)")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help=f"of {LENGTH} tokens to calibrate with (default {WINDOWS})"
+    )
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--rows", nargs="+", choices=[*METHODS, *PEERS], default=[*METHODS, *PEERS], metavar="ROW")
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH", help="interpreters of peers")
