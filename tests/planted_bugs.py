@@ -203,11 +203,15 @@ def caught(bug: Bug, copy: Path) -> str:
     def run(*command: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True, check=False)
 
-    if bug.file.startswith("csrc") and run("setup.py", "-q", "build_ext", "--inplace").returncode:
+    if run("setup.py", "-q", "build_ext", "--inplace").returncode:
         return "the compiler"
     done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *bug.tests.split())
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0] if failed else "a crash" if done.returncode < 0 or done.returncode > 2 else ""
+    failed = [
+        line.split(" - ")[0].split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
+    ]
+    if failed and "::" not in failed[0]:
+        raise SystemExit(f"{bug.what}: {failed[0]} could not be read\n{done.stdout[-2000:]}")
+    return failed[0] if failed else "a crash" if done.returncode < 0 or done.returncode > 2 else ""
 
 
 def main() -> None:
