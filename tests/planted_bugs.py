@@ -209,7 +209,7 @@ def caught(bug: Bug, copy: Path) -> str:
     failed = [
         line.split(" - ")[0].split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
     ]
-    if failed and "::" not in failed[0]:
+    if "ImportError" in done.stdout or "ModuleNotFoundError" in done.stdout:  # says nothing of the bug
         raise SystemExit(f"{bug.what}: {failed[0]} could not be read\n{done.stdout[-2000:]}")
     return failed[0] if failed else "a crash" if done.returncode < 0 or done.returncode > 2 else ""
 
