@@ -65,9 +65,10 @@ coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (5 mi
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz
 
-soak: $(VENV)/bitween.stamp  ## kill runs at 50 random moments and at every fsync and rename, resume, compare bytes (20 minutes)
+soak: $(VENV)/bitween.stamp  ## runs killed at 50 random moments and at every fsync and rename; bugs planted one by one (an hour)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed
 	$(BIN)/python -m tests.every_call build/every_call quantize
+	$(BIN)/python -m tests.planted_bugs
 
 bench: $(VENV)/bitween.stamp $(MODEL)/config.json  ## run the benchmarks of speed; those of damage need a text: docs/planning.md, docs/quantizers.md
 	$(BIN)/python benchmarks/kernels.py
