@@ -7,6 +7,9 @@ of codes, scales and zeros times 8 over weights. KL (nats a token) and the rise 
 12 windows of 512 tokens of the text; what is learned comes from its last --windows windows. "predicted" is the damage
 that the plan's own score promises, where it is one in nats.
 
+AutoScheme (of auto-round, run by peers.py with the interpreter that --python names) allocates by its own score and
+rounds in its own way, to nearest or trained; it may miss the bits that it was asked for, so its row tells what it took.
+
 Rows are merged into results/allocation.json, so that long runs can be split; results/allocation.md shows all of them.
 """
 
@@ -27,6 +30,7 @@ import bitween
 from bitween import Scheme
 from bitween.calibration import TokenWindows
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
+from bitween.gradual.candidate import shared_copy
 from bitween.gradual.context import GradualContext
 from bitween.gradual.items import Item, Option
 from bitween.gradual.planner import frontier
@@ -40,7 +44,7 @@ class Subject:
     """A model in context: calibration from the end of the text, measurement on its start."""
 
     def __init__(self, path: str, text: str, windows: int):
-        self.name = Path(path).name
+        self.path, self.name = path, Path(path).name
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         ids = tokenizer(text, return_tensors="pt").input_ids[0]
@@ -140,6 +144,7 @@ SCORES = {
 }
 DISTILLED = ", distilled"
 IN_NATS = ("bitween", "bits only, groups of 64", "Fisher x RTN error", "trace x mean squared error")
+PEERS = {"AutoScheme, RTN": 0, "AutoScheme, 200 steps": 200}
 UNIFORM = {"uniform GPTQ": "gptq", "uniform GPTQ + refinement": "gptq+refine"}
 
 
@@ -161,6 +166,20 @@ def uniform(s: Subject, name: str, sizes: list[float], _: int):
         yield from row(s, name, {layer.name: scheme for layer in s.layers}, None, UNIFORM[name], 0.0, 0)
 
 
+def peer(s: Subject, name: str, sizes: list[float], pythons: list[str]):
+    windows = s.context.text.calibration.ids
+    for bits in sizes:
+        found = common.run_peer("AutoScheme", pythons, s.path, windows, bits, PEERS[name])
+        if found is None:
+            raise SystemExit("AutoScheme: not installed; --python AutoScheme=PATH names an interpreter with auto-round")
+        weights, told = found
+        model = shared_copy(s.context.model)
+        for layer in s.layers:
+            model.get_submodule(layer.name).weight = torch.nn.Parameter(weights[layer.name], requires_grad=False)
+        quality = s.optimizers["gptq"].evaluator.measure(model)
+        yield _told(s, name, float(told["bits"]), None, quality, 0.0, float(told["seconds"]))
+
+
 def row(s: Subject, name: str, plan, predicted, method: str, analysis: float, steps: int):
     """A row for the plan as realised, and with steps another after distillation."""
     nbytes = sum(plan[layer.name].nbytes(*layer.shape) for layer in s.layers)
@@ -169,16 +188,20 @@ def row(s: Subject, name: str, plan, predicted, method: str, analysis: float, st
     if steps:
         found[name + DISTILLED] = optimizer.distill(found[name], steps)
     for kind, realised in found.items():
-        yield {
-            "model": s.name,
-            "plan": kind,
-            "bits": round(8 * nbytes / s.weights, 3),
-            "predicted": predicted,
-            "KL": realised.measurement.damage,
-            "perplexity %": 100 * realised.measurement.perplexity_increase,
-            "analysis s": round(analysis, 1),
-            "realise s": round(realised.seconds, 1),
-        }
+        yield _told(s, kind, 8 * nbytes / s.weights, predicted, realised.measurement, analysis, realised.seconds)
+
+
+def _told(s: Subject, plan: str, bits: float, predicted, quality, analysis: float, seconds: float) -> dict[str, object]:
+    return {
+        "model": s.name,
+        "plan": plan,
+        "bits": round(bits, 3),
+        "predicted": predicted,
+        "KL": quality.damage,
+        "perplexity %": 100 * quality.perplexity_increase,
+        "analysis s": round(analysis, 1),
+        "realise s": round(seconds, 1),
+    }
 
 
 def merge(found: dict[str, object], settings: dict[str, object]) -> None:
@@ -200,14 +223,19 @@ def main() -> None:
     parser.add_argument("model", help="directory of a causal language model")
     parser.add_argument("--text", required=True, help="text file")
     parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 4.25, 3.5, 3.0])
-    parser.add_argument("--rows", nargs="+", default=[*SCORES, *UNIFORM], choices=[*SCORES, *UNIFORM])
+    parser.add_argument("--rows", nargs="+", default=[*SCORES, *UNIFORM], choices=[*SCORES, *UNIFORM, *PEERS])
     parser.add_argument("--windows", type=int, default=48, help="of calibration")
     parser.add_argument("--distill", type=int, default=40, help="steps after realising bitween's own plan; 0 for none")
+    parser.add_argument("--python", nargs="+", default=[], metavar="AutoScheme=PATH", help="interpreter that has it")
     options = parser.parse_args()
     subject = Subject(options.model, Path(options.text).read_text(), options.windows)
     for name in options.rows:
         steps = options.distill if name == "bitween" else 0
-        for found in (planned if name in SCORES else uniform)(subject, name, options.bits, steps):
+        if name in PEERS:
+            rows = peer(subject, name, options.bits, options.python)
+        else:
+            rows = (planned if name in SCORES else uniform)(subject, name, options.bits, steps)
+        for found in rows:
             merge(found, {"windows": options.windows})
             print(common.show([found]).splitlines()[-1], flush=True)
 

@@ -10,11 +10,15 @@ import datetime
 import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 import bitween
 
@@ -86,3 +90,26 @@ def save(name: str, rows: Sequence[dict[str, object]], **settings: object) -> Pa
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "settings": settings, "rows": list(rows)}, indent=1) + "\n")
     return path
+
+
+def run_peer(
+    peer: str, pythons: Sequence[str], model: str, windows: torch.Tensor, bits: float, iterations: int
+) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Weights of the decoder's layers as another project leaves them, and what it tells; None where it is missing.
+
+    `pythons`: "PEER=PATH" of interpreters that have a peer.
+    """
+    python = dict(pair.split("=", 1) for pair in pythons).get(peer, sys.executable)
+    with tempfile.TemporaryDirectory() as folder:
+        text, out = Path(folder, "windows.pt"), Path(folder, "out.safetensors")
+        torch.save(windows, text)
+        command = [python, str(Path(__file__).with_name("peers.py")), peer, model, text, out]
+        status = subprocess.run(
+            [*command, "--bits", str(bits), "--iterations", str(iterations)], check=False
+        ).returncode
+        if status == 3:
+            return None
+        if status:
+            raise SystemExit(f"{peer}: failed with status {status}")
+        with safe_open(out, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

@@ -18,16 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import common
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
@@ -101,21 +97,12 @@ def quantize_ours(subject: Subject, method: str, bits: float) -> dict[str, objec
 
 def quantize_peer(subject: Subject, peer: str, bits: int, options: argparse.Namespace) -> dict[str, object] | None:
     """The same with a peer; None where it is not installed."""
-    python = dict(pair.split("=", 1) for pair in options.python).get(peer, sys.executable)
-    with tempfile.TemporaryDirectory() as folder:
-        windows, out = Path(folder, "windows.pt"), Path(folder, "out.safetensors")
-        torch.save(subject.windows, windows)
-        command = [python, str(Path(__file__).with_name("peers.py")), peer, subject.path, windows, out]
-        command += ["--bits", str(bits), "--iterations", str(options.iterations)]
-        status = subprocess.run(command, check=False).returncode
-        if status == 3:
-            return None
-        if status:
-            raise SystemExit(f"{peer}: failed with status {status}")
-        with safe_open(out, "pt") as file:
-            told = file.metadata()
-            for layer in subject.layers:
-                layer.module.weight = torch.nn.Parameter(file.get_tensor(layer.name), requires_grad=False)
+    found = common.run_peer(peer, options.python, subject.path, subject.windows, bits, options.iterations)
+    if found is None:
+        return None
+    weights, told = found
+    for layer in subject.layers:
+        layer.module.weight = torch.nn.Parameter(weights[layer.name], requires_grad=False)
     by = f"{peer} {told['version']}" + (f", {options.iterations} iterations" if peer == "auto-round" else "")
     return {"stored bits": float(told["bits"]), "seconds": float(told["seconds"]), "rounding": None, "by": by}
 

@@ -8,16 +8,15 @@ Importing this package loads NumPy and the C core only; torch and transformers a
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Any
 
 from . import _autoload, _core
+from ._lazy import lazily
 
 if os.environ.get("BITWEEN_ISA"):
     _core.set_isa(os.environ["BITWEEN_ISA"])
 
-# Public name -> module that defines it. Loaded on first use, so that `import bitween` stays quick.
+# Public name -> module that defines it.
 _PUBLIC = {
     "Scheme": "scheme",
     "QuantizedTensor": "quantized_tensor",
@@ -49,18 +48,7 @@ _PUBLIC = {
 
 __all__ = ["__version__", *_PUBLIC]
 __version__: str = _core.info()["version"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'bitween' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _PUBLIC)
 
 
 _autoload.install()

@@ -9,8 +9,7 @@ print(quantizer.get_quantization_report())
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from bitween._lazy import lazily
 
 _PUBLIC = {
     "GradualQuantizer": "gradual_quantizer",
@@ -20,15 +19,4 @@ _PUBLIC = {
 }
 
 __all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'bitween.gradual' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _PUBLIC)

@@ -108,29 +108,13 @@ static inline bw_vf bw_pow2(bw_vf n) {
     return (bw_vf){pow2_half(n.a), pow2_half(n.b)};
 }
 
-#define FOLD(op)                                                                                 \
-    __m256 eight = _mm256_##op##_ps(x.a, x.b);                                                   \
-    __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
-    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                 \
-    return _mm_cvtss_f32(_mm_##op##_ss(two, _mm_movehdup_ps(two)))
-static inline float bw_sum(bw_vf x) {
-    FOLD(add);
-}
-static inline float bw_reduce_min(bw_vf x) {
-    FOLD(min);
-}
-static inline float bw_reduce_max(bw_vf x) {
-    FOLD(max);
-}
-
-#define bw_pext(x, mask) _pext_u64(x, mask)
-#define bw_pdep(x, mask) _pdep_u64(x, mask)
-
 /* x[lanes[i]] for each lane; lanes below 8. */
 static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     return (bw_vf){_mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes)),
                    _mm256_permutevar8x32_ps(x.a, _mm256_loadu_si256((const __m256i *)lanes + 1))};
 }
+/* Lanes i and i + 8 to eight. */
+#define HALVES(op, x) _mm256_##op##_ps((x).a, (x).b)
 /* Each of four vectors folded to one number, in the order of FOLD. */
 #define FOLD_FOUR(op)                                                                                                  \
     __m128 four[4];                                                                                                    \
@@ -141,15 +125,7 @@ static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     __m128 ab = _mm_##op##_ps(_mm_movelh_ps(four[0], four[1]), _mm_movehl_ps(four[1], four[0])); /* 0+2 1+3 of each */ \
     __m128 cd = _mm_##op##_ps(_mm_movelh_ps(four[2], four[3]), _mm_movehl_ps(four[3], four[2]));                       \
     _mm_storeu_ps(out, _mm_##op##_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)))
-static inline void bw_sum_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(add);
-}
-static inline void bw_min_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(min);
-}
-static inline void bw_max_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(max);
-}
+#include "folds.h"
 
 /* 64 codes, one in 16 bits, so that products with 16-bit numbers never saturate. A register holds
  * codes 0..7 | 16..23, the next 8..15 | 24..31 of each 32, so that each half sums one run of 16. */

@@ -86,28 +86,12 @@ static inline bw_vf bw_pow2(bw_vf n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 
-#define FOLD(op)                                                                                 \
-    __m256 eight = _mm256_##op##_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));    \
-    __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
-    __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                 \
-    return _mm_cvtss_f32(_mm_##op##_ss(two, _mm_movehdup_ps(two)))
-static inline float bw_sum(bw_vf x) {
-    FOLD(add);
-}
-static inline float bw_reduce_min(bw_vf x) {
-    FOLD(min);
-}
-static inline float bw_reduce_max(bw_vf x) {
-    FOLD(max);
-}
-
-#define bw_pext(x, mask) _pext_u64(x, mask)
-#define bw_pdep(x, mask) _pdep_u64(x, mask)
-
 /* x[lanes[i]] for each lane; lanes below 8. */
 static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), x);
 }
+/* Lanes i and i + 8 to eight. */
+#define HALVES(op, x) _mm256_##op##_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))
 /* Each of four vectors folded to one number, in the order of FOLD. */
 #define FOLD_FOUR(op)                                                                                      \
     bw_vf halves[2] = {                                                                                    \
@@ -119,15 +103,7 @@ static inline bw_vf bw_spread(bw_vf x, const int32_t *lanes) {
     bw_vf ones = _mm512_##op##_ps(twos, _mm512_permute_ps(twos, 0xb1));                                    \
     __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);                   \
     _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones)))
-static inline void bw_sum_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(add);
-}
-static inline void bw_min_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(min);
-}
-static inline void bw_max_four(const bw_vf *x, float *out) {
-    FOLD_FOUR(max);
-}
+#include "folds.h"
 
 /* 64 codes, one a byte. A dense reader: the byte where eight codes start, then the bit of each code within them. */
 typedef __m512i bw_codes;
