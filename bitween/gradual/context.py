@@ -15,7 +15,7 @@ from .utils import Progress, no_progress
 
 __all__ = ["GradualContext", "Reference"]
 
-_BATCH_TOKENS = 2048  # of one pass through a block: products are efficient, activations stay small
+BATCH_TOKENS = 2048  # of one pass through a block: products are efficient, activations stay small
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class GradualContext:
 
     def batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Windows in batches of about 2,048 tokens."""
-        yield from windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
+        yield from windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
 
     def final_states(self, runner: blocks.BlockRunner, windows: torch.Tensor) -> torch.Tensor:
         """What enters the head, float32 (windows, length, width), for each window."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from bitween import blocks
 from bitween.export.targets import find_target
-from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes, resident_bytes
+from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.report import QuantizationReport
 from bitween.scheme import Scheme
 
@@ -23,8 +22,9 @@ from .descent import Descent, Stage
 from .importance_analyzer import ImportanceAnalyzer
 from .items import Plan
 from .journal import Journal, NullJournal, identity_of
+from .memory_need import MemoryNeed, need_within
 from .planner import Frontier, frontier, uniform_plans
-from .precision_optimizer import BYTES_A_UNIT, ONE_PASS_BYTES, PrecisionOptimizer, Realisation
+from .precision_optimizer import PrecisionOptimizer, Realisation
 from .recorded import PlanSteps, Recorder
 from .scores import candidate_schemes, to_items
 from .sizes import Sizes
@@ -33,8 +33,6 @@ from .utils import Progress, budget_nats, check_at_least, check_share, no_progre
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
 PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
-_LOGIT_COPIES = 6  # logits, probabilities, running sums and gradients of one window
-_ALLOCATOR = 1.3  # bytes held for each byte in use, measured
 ON_CONFLICT = ("quality", "memory", "error")
 
 
@@ -74,6 +72,8 @@ class GradualQuantizer:
     confidence : of the proof, one-sided
     certify : prove the budget on held-out text
     seed : of everything random; the same seed gives the same result
+    max_memory : bytes that this process may take, about; where one pass over the text takes more, blocks work through
+        it in batches, which is slower and rounds sums otherwise. ValueError where even that is more
     progress : called with (stage, done, total, message)
     journal : directory, optional
         Every finished step (scores, block, stage, decision) is on the disk at once, so that a run that was stopped goes
@@ -110,6 +110,7 @@ class GradualQuantizer:
         certify: bool = True,
         sequence_length: int = 512,
         stages: int = 3,
+        max_memory: int | None = None,
         progress: Progress = no_progress,
         journal: str | os.PathLike | None = None,
         resume: bool = True,
@@ -136,6 +137,7 @@ class GradualQuantizer:
         self.target, self.method, self.transforms = find_target(export_target), method, transforms
         self.seed, self.progress = int(seed), progress
         self.journal, self.resume = journal, resume
+        self.max_memory = None if max_memory is None else int(check_at_least("max_memory", max_memory, 1))
         self.measure_importance, self.certify = importance, certify
         self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
@@ -147,6 +149,7 @@ class GradualQuantizer:
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
         self.sizes.check_reach()
+        self.memory_need = self._need()
         self._report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
 
@@ -161,7 +164,7 @@ class GradualQuantizer:
             The journal can't be used, or is of a run with other inputs; the message says what differs.
         """
         started = time.monotonic()
-        self._warn_of_memory()
+        self.memory_need.warn()
         base, transforms = self._prepare()
         context = self._timed("text", lambda: self._build_context(base))
         with self._open_journal(context) as journal:
@@ -173,6 +176,7 @@ class GradualQuantizer:
                 method=self.method,
                 importance={} if moment is None else {context.layout.embedding.name: torch.from_numpy(moment)},
                 calibration_windows=self.calibration_samples,
+                one_pass=self.memory_need.one_pass,
                 context=context,
                 progress=self.progress,
             )
@@ -239,34 +243,20 @@ class GradualQuantizer:
             "ignored_layers": [x.name for x in self.layout.layers if self.sizes.ignored(x)],
             "tied": self.layout.tied,
             "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
-            "memory_needed": self._memory_needed(),
+            "memory_needed": self.memory_need.total,
             "memory_available": available_bytes(),
         }
 
-    def _memory_needed(self) -> int:
-        """About the largest resident size of this process during `quantize`, bytes: what is there now, and on top of it
-        a float32 copy in another basis, the candidate's numbers, every stage's packed layers, one block's activations
-        and the logits of a window, plus what the allocator keeps."""
-        numbers = sum(4 * x.shape[0] * x.shape[1] for x in self.layout.layers)
-        copy = 0 if self.sizes.dtype == torch.float32 and self.transforms == "none" else numbers
-        stages = (self.stages + 3) * self.sizes.limit
-        widest = max(max(x.shape) for block in self.layout.blocks for x in block.layers)
-        tokens = self.calibration_samples * self.sequence_length
-        activations = min(ONE_PASS_BYTES, tokens * widest * BYTES_A_UNIT)
-        logits = _LOGIT_COPIES * 4 * self.sequence_length * self.layout.head.shape[0]
-        states = 4 * (tokens + self.evaluation_samples * self.sequence_length) * self.layout.embedding.shape[1]
-        extra = copy + numbers + stages + activations + logits + states
-        return (resident_bytes() or 0) + int(_ALLOCATOR * extra)
-
-    def _warn_of_memory(self) -> None:
-        needed, available, resident = self._memory_needed(), available_bytes(), resident_bytes()
-        if available is not None and resident is not None and needed - resident > available:
-            warnings.warn(
-                f"memory: about {needed / 2**30:.1f} GiB needed; {(available + resident) / 2**30:.1f} GiB are there. "
-                "Fewer calibration_samples or a shorter sequence_length need less",
-                ResourceWarning,
-                stacklevel=3,
-            )
+    def _need(self) -> MemoryNeed:
+        return need_within(
+            self.layout,
+            copied=self.sizes.dtype != torch.float32 or self.transforms != "none",
+            packed=(self.stages + 3) * self.sizes.limit,
+            calibration=self.calibration_samples,
+            evaluation=self.evaluation_samples,
+            length=self.sequence_length,
+            max_memory=self.max_memory,
+        )
 
     # ---- before ----------------------------------------------------------------------------------
 
@@ -303,7 +293,10 @@ class GradualQuantizer:
         names = ("target_memory_reduction", "max_perplexity_increase", "safety_multiplier", "calibration_samples")
         names += ("evaluation_samples", "sequence_length", "stages", "on_conflict", "method", "transforms", "seed")
         names += ("distillation_steps", "measure_importance", "certify", "confidence", "ignore_layers", "schemes")
-        options = {name: getattr(self, name) for name in names} | {"export_target": self.target.name}
+        options = {name: getattr(self, name) for name in names} | {
+            "export_target": self.target.name,
+            "one_pass": self.memory_need.one_pass,
+        }
         text = {split: getattr(context.text, split).ids for split in ("calibration", "selection", "certification")}
         return Journal.open(self.journal, identity_of(self.model, text, options), self.resume)
 

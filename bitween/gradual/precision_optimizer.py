@@ -22,6 +22,7 @@ from .candidate import Candidate
 from .context import GradualContext
 from .evaluator import GradualEvaluator, Measurement
 from .journal import NullJournal
+from .memory_need import fits_one_pass
 from .probe import Probe
 from .recorded import PlanSteps, Recorder
 from .utils import Progress, no_progress
@@ -31,9 +32,7 @@ __all__ = ["PrecisionOptimizer", "Realisation", "Step"]
 LADDER = (8, 4, 2)
 BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
 GROUP_SIZES = (128, 64, 32, 16)
-ONE_PASS_BYTES = 1 << 30  # of one block's activations
 _TRAINING_TOKENS = 1024
-BYTES_A_UNIT = 16  # of the widest layer, a token: about four float32 tensors live at once
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class PrecisionOptimizer:
     method : quantizer of layers below 8 bits; see `bitween.quantize`
     calibration_windows : windows that feed the Hessians, at most
     importance : {layer: float32 importance}, for layers without a Hessian (the embedding)
+    one_pass : each block may run once over all windows where their activations take at most a GiB; False for batches
     context : GradualContext, optional
         Shared with the other gradual classes; built from **options otherwise.
     """
@@ -106,6 +106,7 @@ class PrecisionOptimizer:
         method: str = "gptq+refine",
         calibration_windows: int = 48,
         importance: Mapping[str, np.ndarray] | None = None,
+        one_pass: bool = True,
         context: GradualContext | None = None,
         progress: Progress = no_progress,
         **options: Any,
@@ -114,6 +115,7 @@ class PrecisionOptimizer:
         self.evaluator = GradualEvaluator(model, tokenizer, context=self.context)
         self.method = method
         self.importance = dict(importance or {})
+        self._one_pass = one_pass
         self.progress = progress
         self.candidate = Candidate(self.context.model, self.context.layout)
         self._windows = self.context.text.calibration.ids[:calibration_windows]
@@ -243,8 +245,7 @@ class PrecisionOptimizer:
         """
         if training:
             return list(self._windows.split(max(1, _TRAINING_TOKENS // self._windows.shape[1])))
-        widest = max(max(layer.shape) for block in self.context.layout.blocks for layer in block.layers)
-        if self._windows.numel() * widest * BYTES_A_UNIT <= ONE_PASS_BYTES:
+        if self._one_pass and fits_one_pass(self.context.layout, self._windows.numel()):
             return [self._windows]
         return list(self.context.batches(self._windows))
 

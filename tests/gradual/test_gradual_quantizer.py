@@ -134,7 +134,7 @@ def test_non_finite_weights_name_the_layer(tiny_model, tiny_tokenizer):
 
 
 def test_memory_is_told_before_the_run(tiny_model, tiny_tokenizer, monkeypatch):
-    from bitween.gradual import gradual_quantizer
+    from bitween.gradual import memory_need
 
     quantizer = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **FAST)
     sizes = quantizer.preflight()
@@ -143,9 +143,21 @@ def test_memory_is_told_before_the_run(tiny_model, tiny_tokenizer, monkeypatch):
     more = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **{**FAST, "sequence_length": 4096}).preflight()
     assert sizes["memory_needed"] > 0
     assert more["memory_needed"] > sizes["memory_needed"]
-    monkeypatch.setattr(gradual_quantizer, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory_need, "available_bytes", lambda: 1 << 20)
     with pytest.warns(ResourceWarning, match=r"memory: about .* GiB needed; .* GiB are there"):
-        quantizer._warn_of_memory()
+        quantizer.memory_need.warn()
+
+
+def test_max_memory_works_in_batches_or_says_what_would_do(tiny_model, tiny_tokenizer):
+    text = {**FAST, "calibration_samples": 200}
+    whole = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **text).preflight()["memory_needed"]
+    with pytest.raises(ValueError, match=r"max_memory: expected at least about [\d,]+ bytes .*; got 1,000"):
+        GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, max_memory=1000, **text)
+    batched = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, max_memory=whole - 1, **text)
+    assert not batched.memory_need.one_pass
+    assert batched.preflight()["memory_needed"] < whole
+    found = batched.quantize()
+    assert found(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("fails", [False, True])
