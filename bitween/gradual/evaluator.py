@@ -243,12 +243,12 @@ class _HeadChange:
         with self.candidate, torch.no_grad():
             if not self.linear:
                 return self.candidate.logits(cand, products="fp32").float()
-            added = self.candidate.logits(cand - ref).float()
-            if self.candidate.layout.head.module.bias is not None:
-                added -= self.candidate.layout.head.module.bias.float()
-        if self.delta is not None:
-            added += (ref.to(self.delta.dtype) @ self.delta.T).float()
-        return base + added
+            added = self.candidate.logits(cand - ref)
+            bias = self.candidate.layout.head.module.bias
+            logits = base + (added if bias is None else added.float() - bias.float())
+            if self.delta is not None:  # straight into the sum: each copy of logits takes as long as their loss
+                logits += ref.to(self.delta.dtype) @ self.delta.T
+        return logits
 
 
 def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Tensor | None:
