@@ -13,6 +13,7 @@ import torch
 import bitween
 from bitween import blocks
 from bitween.distillation import distill, rescaled
+from bitween.memory import return_freed_memory
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 from bitween.sequential import SequentialQuantizer
@@ -159,6 +160,7 @@ class PrecisionOptimizer:
         else:
             self._quantize_all(plan, stage, steps)
         measurement = steps.measurement(lambda: self.evaluator.measure(self.runner)) if measure else None
+        return_freed_memory()
         stored = dict(self.candidate.stored)
         nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
         return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
@@ -199,6 +201,7 @@ class PrecisionOptimizer:
                     steps.put_part(f"block {i}", self._stored_of(block.layers))
                 else:
                     quantizer.take_block(i, plan, batches, part)
+                return_freed_memory()
                 self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
             self._quantize_head(plan, [hidden for hidden, _ in batches], quantizer.exact)
         in_blocks = {layer.name for block in layout.blocks for layer in block.layers}
