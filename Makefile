@@ -59,14 +59,14 @@ coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (5 mi
 	cp -R pyproject.toml setup.py README.md LICENSE csrc bitween tests $(COVERED)
 	rm -f $(COVERED)/bitween/_core*.so
 	cd $(COVERED) && BITWEEN_COVERAGE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(COVERED) && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/core tests/boundary tests/test_together.py -k "not long_call"
+	cd $(COVERED) && $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/core tests/boundary tests/layers/test_together.py -k "not long_call"
 	cd $(COVERED) && $(abspath $(BIN))/gcovr --root . --filter csrc/ --print-summary
 
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz
 
 soak: $(VENV)/bitween.stamp  ## runs killed at 50 random moments and at every fsync and rename; bugs planted one by one (an hour)
-	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/test_resume.py -k killed
+	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/journal/test_resume.py -k killed
 	$(BIN)/python -m tests.every_call build/every_call quantize
 	$(BIN)/python -m tests.planted_bugs
 

@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
 from bitween import Scheme
-from bitween.calibration import TokenWindows
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
-from bitween.gradual.candidate import shared_copy
-from bitween.gradual.context import GradualContext
-from bitween.gradual.items import Item, Option
-from bitween.gradual.planner import frontier
-from bitween.gradual.scores import candidate_schemes
+from bitween.gradual.plan.items import Item, Option
+from bitween.gradual.plan.planner import frontier
+from bitween.gradual.scores.fisher import candidate_schemes
+from bitween.realise.candidate import shared_copy
+from bitween.realise.context import RunContext
+from bitween.text.calibration import TokenWindows
 
 LENGTH, SCORED = 512, 12
 NAME = "allocation"
@@ -49,7 +49,7 @@ class Subject:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         ids = tokenizer(text, return_tensors="pt").input_ids[0]
         cut = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-        context = GradualContext.build(model, tokenizer, calibration_data=cut, length=LENGTH)
+        context = RunContext.build(model, tokenizer, calibration_data=cut, length=LENGTH)
         parts = (("calibration", cut[-windows:]), ("selection", cut[:SCORED]))
         splits = {split: TokenWindows(ids, torch.arange(len(ids))) for split, ids in parts}
         context.text = replace(context.text, **splits)

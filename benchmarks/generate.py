@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitween
 from bitween import Bitween, _core
 from bitween.export.gguf import export_gguf
-from bitween.memory import model_bytes
+from bitween.model.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
 GGUF = "4b g32 sym in llama.cpp"

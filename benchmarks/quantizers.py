@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
 from bitween import Scheme
-from bitween.blocks import BlockRunner, inspect
 from bitween.functional import METHODS
-from bitween.sequential import SequentialQuantizer
+from bitween.model.blocks import BlockRunner, inspect
+from bitween.realise.sequential import SequentialQuantizer
 
 LENGTH, SCORED = 512, 12
 WINDOWS = 32  # of calibration text, unless told otherwise

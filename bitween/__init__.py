@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 
-from . import _autoload, _core
-from ._lazy import lazily
+from bitween import _core
+from bitween._lazy import lazily
+from bitween.store import autoload
 
 if os.environ.get("BITWEEN_ISA"):
     _core.set_isa(os.environ["BITWEEN_ISA"])
@@ -20,29 +21,29 @@ if os.environ.get("BITWEEN_ISA"):
 _PUBLIC = {
     "Scheme": "scheme",
     "QuantizedTensor": "quantized_tensor",
-    "Hessian": "hessian",
-    "gptq": "_gptq",
-    "GptqResult": "_gptq",
-    "SequentialQuantizer": "sequential",
-    "LayerResult": "sequential",
+    "Hessian": "rounding.hessian",
+    "gptq": "rounding.gptq",
+    "GptqResult": "rounding.gptq",
+    "SequentialQuantizer": "realise.sequential",
+    "LayerResult": "realise.sequential",
     "quantize": "functional",
     "search": "functional",
     "cross_entropy": "functional",
     "kl_divergence": "functional",
-    "head_cross_entropy": "head",
-    "head_kl_divergence": "head",
+    "head_cross_entropy": "model.head",
+    "head_kl_divergence": "model.head",
     "mean": "functional",
     "info": "functional",
     "set_num_threads": "_threads",
     "get_num_threads": "_threads",
-    "QuantizedLinear": "layers",
-    "CheckpointError": "checkpoint",
-    "attach": "hub",
-    "load_model": "loading",
-    "save_model": "saving",
-    "QuantizedEmbedding": "layers",
-    "set_matmul_mode": "layers",
-    "multiply_together": "together",
+    "QuantizedLinear": "layers.linear",
+    "CheckpointError": "store.checkpoint",
+    "attach": "store.hub",
+    "load_model": "store.loading",
+    "save_model": "store.saving",
+    "QuantizedEmbedding": "layers.embedding",
+    "set_matmul_mode": "layers.linear",
+    "multiply_together": "layers.together",
     "Bitween": "quantizer",
 }
 
@@ -51,4 +52,4 @@ __version__: str = _core.info()["version"]
 __getattr__, __dir__ = lazily(__name__, _PUBLIC)
 
 
-_autoload.install()
+autoload.install()

@@ -1,5 +1,5 @@
 """`python -m bitween` is the command `bitween`."""
 
-from .cli import main
+from bitween.cli import main
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import _core
+from bitween import _core
 
 __all__ = ["follow_torch", "get_num_threads", "set_num_threads"]
 

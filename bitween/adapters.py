@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 
-from .layers import QuantizedLinear
+from bitween.layers import QuantizedLinear
 
 __all__ = ["PackedLora", "lora_config"]
 

@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from . import _core
-from ._threads import follow_torch, get_num_threads
-from .quantized_tensor import QuantizedTensor, as_input
-from .scheme import Scheme
+from bitween import _core
+from bitween._threads import follow_torch, get_num_threads
+from bitween.quantized_tensor import QuantizedTensor, as_input
+from bitween.rounding.methods import METHODS
+from bitween.scheme import Scheme
 
 __all__ = ["METHODS", "cross_entropy", "info", "kl_divergence", "mean", "quantize", "search"]
-
-
-def _rtn(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
-    return _core.quantize_rtn(weight, scheme.key)
-
-
-def _clip(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
-    return _core.quantize_clip(weight, scheme.key, importance)
-
-
-def _by_hessian(sweeps: int | None) -> Callable:
-    def method(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
-        from ._gptq import SWEEPS, gptq
-
-        if hessian is None:
-            raise ValueError("hessian: expected E[x xT] of the layer's inputs for this method; got None")
-        if importance is not None:
-            raise ValueError("importance: expected None for this method, which weighs errors by the hessian")
-        q = gptq(weight, scheme, hessian, sweeps=SWEEPS if sweeps is None else sweeps).quantized
-        return q.codes, q.scales, q.zeros
-
-    return method
-
-
-def _signround(weight: Any, scheme: Scheme, importance: Any, hessian: Any) -> tuple:
-    import torch
-
-    from .hessian import Hessian
-    from .signround import train_on_hessian
-
-    stored = QuantizedTensor(*_by_hessian(None)(weight, scheme, importance, hessian), scheme, tuple(weight.shape))
-    matrix = torch.as_tensor(hessian.matrix() if isinstance(hessian, Hessian) else hessian)
-    q = train_on_hessian(torch.as_tensor(weight), stored, matrix)
-    return q.codes, q.scales, q.zeros
-
-
-METHODS = {
-    "rtn": _rtn,
-    "clip": _clip,
-    "gptq": _by_hessian(0),
-    "gptq+refine": _by_hessian(None),
-    "signround": _signround,
-}
 
 
 def quantize(
@@ -90,7 +48,7 @@ def quantize(
         raise TypeError(f"scheme: expected a Scheme; got {scheme!r}")
     follow_torch()
     weight, importance = (None if t is None else as_input(t) for t in (weight, importance))
-    codes, scales, zeros = METHODS[method](weight, scheme, importance, hessian)
+    codes, scales, zeros = METHODS[method].round(weight, scheme, importance, hessian)
     return QuantizedTensor(codes, scales, zeros, scheme, tuple(weight.shape))
 
 

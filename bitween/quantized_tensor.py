@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
-from ._threads import follow_torch
-from .scheme import Scheme
+from bitween import _core
+from bitween._threads import follow_torch
+from bitween.scheme import Scheme
 
 __all__ = ["QuantizedTensor"]
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from . import blocks
-from .memory import MemoryAnalysis, analyze_memory
-from .scheme import Scheme
+from bitween._progress import no_progress
+from bitween.model import blocks
+from bitween.model.memory import MemoryAnalysis, analyze_memory
+from bitween.rounding.methods import METHODS, Needs
+from bitween.scheme import Scheme
 
 __all__ = ["Bitween"]
 
@@ -81,10 +83,10 @@ class Bitween:
         method = _choose(rtn, trainable, method)
         patterns = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         plan = {layer.name: self.scheme for layer in self._wanted(patterns)}
-        from .gradual.candidate import Candidate
+        from bitween.realise.candidate import Candidate
 
         dtype = self.layout.embedding.module.weight.dtype
-        if method in ("rtn", "clip"):
+        if METHODS[method].needs < Needs.HESSIAN:
             candidate = Candidate(self.model, self.layout)
             self._direct(candidate, plan, method)
         else:
@@ -106,7 +108,7 @@ class Bitween:
         return found
 
     def _direct(self, candidate: Any, plan: dict[str, Scheme], method: str) -> None:
-        from .functional import quantize
+        from bitween.functional import quantize
 
         for done, layer in enumerate(self.layout.layers):
             if layer.name in plan:
@@ -115,13 +117,12 @@ class Bitween:
                 self.progress(f"{method} {self.scheme}", done + 1, len(self.layout.layers), layer.name)
 
     def _calibrated(self, plan: dict[str, Scheme], method: str, calibration_data: Any) -> Any:
-        from .gradual.context import GradualContext
-        from .gradual.precision_optimizer import PrecisionOptimizer
-        from .gradual.utils import no_progress
+        from bitween.realise.context import RunContext
+        from bitween.realise.realiser import Realiser
 
         if self.tokenizer is None and not isinstance(calibration_data, torch.Tensor):
             raise TypeError(f"tokenizer: expected a tokenizer, since {method} needs text; got None")
-        context = GradualContext.build(
+        context = RunContext.build(
             self.model,
             self.tokenizer,
             calibration_data=calibration_data,
@@ -131,16 +132,12 @@ class Bitween:
             length=self.sequence_length,
             seed=self.seed,
         )
-        optimizer = PrecisionOptimizer(
-            self.model, self.tokenizer, method=method, context=context, progress=self.progress or no_progress
-        )
-        optimizer.realise(plan, stage=f"{method} {self.scheme}", measure=False)
-        return optimizer.candidate
+        realiser = Realiser(context, method=method, progress=self.progress or no_progress)
+        realiser.realise(plan, stage=f"{method} {self.scheme}")
+        return realiser.candidate
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:
-    from .functional import METHODS
-
     if rtn + trainable + (method is not None) > 1:
         raise ValueError("quantize: expected one of rtn=True, trainable=True, method=...; got several")
     chosen = "signround" if trainable else method or "rtn"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from . import _core
+from bitween import _core
 
 __all__ = ["BITS", "COMMON_BITS", "GROUP_SIZES", "Scheme"]
 

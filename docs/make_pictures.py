@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-from bitween.plots import PICTURES
+from bitween.report.plots import PICTURES
 
 matplotlib.rcParams.update({"svg.hashsalt": "bitween", "svg.fonttype": "none"})  # the same run, the same bytes
 

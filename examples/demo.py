@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
 from bitween.gradual import GradualQuantizer
-from bitween.progress import ProgressBars
+from bitween.report.progress import ProgressBars
 
 PROMPT = "The most important thing about a good night's sleep is"
 

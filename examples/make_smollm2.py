@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bitween.files import atomic_directory
+from bitween.store.files import atomic_directory
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 20261123

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitween
 from bitween.export.auto_round import export_auto_round
 from bitween.export.gguf import export_gguf
-from bitween.files import atomic_write
 from bitween.gradual import GradualQuantizer
+from bitween.store.files import atomic_write
 from tests import faults, quantized_models
 
 ROOT = Path(__file__).parents[1]

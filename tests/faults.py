@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-# The calls by which bitween.files and the journal change the disk.
+# The calls by which bitween.store.files and the journal change the disk.
 CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate", "pwrite")
 
 

@@ -174,17 +174,17 @@ BUGS = (
     ),
     Bug(
         "all looks of the certificate spend the whole error probability",
-        "bitween/gradual/certificate.py",
+        "bitween/gradual/proof/certificate.py",
         "levels = error_levels(shares, 1 - confidence, spending)",
         "levels = [1 - confidence for _ in shares]",
-        "tests/gradual/test_certificate.py",
+        "tests/gradual/proof/test_certificate.py",
     ),
     Bug(
         "files are renamed before they are on the disk",
-        "bitween/files.py",
+        "bitween/store/files.py",
         "else file.write(content)\n        os.fsync(descriptor)\n",
         "else file.write(content)\n",
-        "tests/test_files.py tests/gradual/test_journal.py",
+        "tests/store/test_files.py tests/gradual/journal/test_journal.py",
     ),
 )
 

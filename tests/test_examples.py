@@ -25,7 +25,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """Some of the text that ships with bitween, a list of documents."""
-    from bitween.documents import load_documents
+    from bitween.text.documents import load_documents
 
     file = tmp_path_factory.mktemp("text") / "text.json"
     file.write_text(json.dumps(load_documents()[:60]), encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 
 import bitween
 from bitween import Bitween, Scheme
-from bitween.memory import analyze_memory, model_bytes
+from bitween.model.memory import analyze_memory, model_bytes
 
 
 def logits(model, seed=0):

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import _core
-from ..files import atomic_directory
-from ..layers import QuantizedEmbedding, packed_layers
-from ..quantized_tensor import QuantizedTensor
-from ..scheme import COMMON_BITS, Scheme
+from bitween import _core
+from bitween.layers import QuantizedEmbedding, packed_layers
+from bitween.quantized_tensor import QuantizedTensor
+from bitween.scheme import COMMON_BITS, Scheme
+from bitween.store.files import atomic_directory
 
 __all__ = ["config", "export_auto_round", "reasons", "tensors"]
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..files import atomic_path
-from ..layers import packed_layers
-from ..quantized_tensor import QuantizedTensor
-from . import gguf_blocks
-from .gguf_tokenizer import add_tokenizer
+from bitween.export import gguf_blocks
+from bitween.export.gguf_tokenizer import add_tokenizer
+from bitween.layers import packed_layers
+from bitween.quantized_tensor import QuantizedTensor
+from bitween.store.files import atomic_path
 
 __all__ = ["Written", "export_gguf", "reasons"]
 

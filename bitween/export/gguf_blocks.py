@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from ..quantized_tensor import QuantizedTensor
-from ..scheme import Scheme
+from bitween.quantized_tensor import QuantizedTensor
+from bitween.scheme import Scheme
 
 __all__ = ["block_type", "encode"]
 

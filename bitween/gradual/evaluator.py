@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 import bitween
-from bitween import blocks
-from bitween.head import position_blocks
-
-from . import certificate
-from .context import GradualContext, Reference
-from .utils import budget_nats, perplexity_increase
+from bitween.gradual.proof import certificate
+from bitween.gradual.utils import budget_nats, perplexity_increase
+from bitween.model import blocks
+from bitween.model.head import position_blocks
+from bitween.realise.context import Reference, RunContext
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
 
@@ -85,14 +84,14 @@ class GradualEvaluator:
     ----------
     model, tokenizer
         The reference, in full precision.
-    context : GradualContext, optional
+    context : RunContext, optional
         Shared with the other gradual classes; built from the remaining options otherwise.
     **options
-        As for `GradualContext.build`: calibration_data, evaluation_samples, length, seed, ...
+        As for `RunContext.build`: calibration_data, evaluation_samples, length, seed, ...
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, context: GradualContext | None = None, **options: Any):
-        self.context = context or GradualContext.build(model, tokenizer, **options)
+    def __init__(self, model: Any, tokenizer: Any, *, context: RunContext | None = None, **options: Any):
+        self.context = context or RunContext.build(model, tokenizer, **options)
 
     def measure(self, candidate: Any = None, *, split: str = "selection", stride: int = 1) -> Measurement:
         """KL and perplexity of a candidate model on "selection" or "certification" windows.
@@ -171,7 +170,7 @@ class GradualEvaluator:
         self, candidate: Any = None, *, max_perplexity_increase: float | None = None
     ) -> Evaluation:
         """Perplexity, KL and memory of a candidate on the certification text; with a budget, a certificate too."""
-        from bitween.memory import analyze_memory
+        from bitween.model.memory import analyze_memory
 
         target = self.context.model if candidate is None else candidate
         proof = None if max_perplexity_increase is None else self.certify(target, max_perplexity_increase)

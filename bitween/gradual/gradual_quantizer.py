@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from bitween import blocks
+from bitween._progress import Progress, no_progress
 from bitween.export.targets import find_target
-from bitween.memory import MemoryAnalysis, analyze_memory, available_bytes
-from bitween.report import QuantizationReport
+from bitween.gradual.importance_analyzer import ImportanceAnalyzer
+from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
+from bitween.gradual.journal.recorded import PlanSteps, Recorder
+from bitween.gradual.plan.descent import Descent, Stage
+from bitween.gradual.plan.items import Plan
+from bitween.gradual.plan.memory_need import MemoryNeed, need_within
+from bitween.gradual.plan.planner import Frontier, frontier, uniform_plans
+from bitween.gradual.plan.sizes import Sizes
+from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
+from bitween.gradual.scores.fisher import candidate_schemes, to_items
+from bitween.gradual.utils import budget_nats, check_at_least, check_share
+from bitween.model import blocks
+from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
+from bitween.realise.candidate import shared_copy
+from bitween.realise.context import RunContext
+from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
-
-from .candidate import shared_copy
-from .context import GradualContext
-from .descent import Descent, Stage
-from .importance_analyzer import ImportanceAnalyzer
-from .items import Plan
-from .journal import Journal, NullJournal, identity_of
-from .memory_need import MemoryNeed, need_within
-from .planner import Frontier, frontier, uniform_plans
-from .precision_optimizer import PrecisionOptimizer, Realisation
-from .recorded import PlanSteps, Recorder
-from .scores import candidate_schemes, to_items
-from .sizes import Sizes
-from .utils import Progress, budget_nats, check_at_least, check_share, no_progress
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
@@ -275,8 +275,8 @@ class GradualQuantizer:
         report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
-    def _build_context(self, base: Any) -> GradualContext:
-        return GradualContext.build(
+    def _build_context(self, base: Any) -> RunContext:
+        return RunContext.build(
             base,
             self.tokenizer,
             calibration_data=self.calibration_data,
@@ -287,7 +287,7 @@ class GradualQuantizer:
             progress=self.progress,
         )
 
-    def _open_journal(self, context: GradualContext) -> NullJournal:
+    def _open_journal(self, context: RunContext) -> NullJournal:
         if self.journal is None:
             return NullJournal()
         names = ("target_memory_reduction", "max_perplexity_increase", "safety_multiplier", "calibration_samples")
@@ -300,7 +300,7 @@ class GradualQuantizer:
         text = {split: getattr(context.text, split).ids for split in ("calibration", "selection", "certification")}
         return Journal.open(self.journal, identity_of(self.model, text, options), self.resume)
 
-    def _analyze(self, base: Any, context: GradualContext, recorder: Recorder) -> tuple[dict, Any, Any]:
+    def _analyze(self, base: Any, context: RunContext, recorder: Recorder) -> tuple[dict, Any, Any]:
         """Scores of every layer, the embedding's column weights, the importance report if wanted."""
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from bitween._progress import Progress, no_progress
+from bitween.gradual.scores.curvature import LayerCurvature, collect_curvature
+from bitween.gradual.scores.fisher import LayerScores, candidate_schemes, score_layers
+from bitween.gradual.scores.methods import METHODS
+from bitween.gradual.scores.probe import Probe, Unit, block_units, layer_units
+from bitween.gradual.utils import budget_nats, check_share
+from bitween.realise.context import RunContext
 from bitween.scheme import Scheme
-
-from .context import GradualContext
-from .curvature import LayerCurvature, collect_curvature
-from .methods import METHODS
-from .probe import Probe, Unit, block_units, layer_units
-from .scores import LayerScores, candidate_schemes, score_layers
-from .utils import Progress, budget_nats, check_share, no_progress
 
 __all__ = ["ImportanceAnalyzer", "ImportanceReport"]
 
@@ -69,7 +69,7 @@ class ImportanceAnalyzer:
         disable 20 %, layer upgrade 25 %. Methods with share 0 are not run.
     probe_windows, probe_length, probe_stride
         Text of each trial: windows, tokens of each, and every how many-th position is scored.
-    context : GradualContext, optional
+    context : RunContext, optional
         Shared with the other gradual classes; built from **options otherwise.
     """
 
@@ -82,11 +82,11 @@ class ImportanceAnalyzer:
         probe_windows: int = 4,
         probe_length: int = 256,
         probe_stride: int = 4,
-        context: GradualContext | None = None,
+        context: RunContext | None = None,
         progress: Progress = no_progress,
         **options: Any,
     ):
-        self.context = context or GradualContext.build(model, tokenizer, progress=progress, **options)
+        self.context = context or RunContext.build(model, tokenizer, progress=progress, **options)
         self.weights = _check_weights(weights)
         self.progress = progress
         self._probe_options = {"windows": probe_windows, "length": probe_length, "stride": probe_stride}

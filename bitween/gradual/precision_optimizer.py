@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,29 +11,26 @@ import numpy as np
 import torch
 
 import bitween
-from bitween import blocks
-from bitween.distillation import distill, rescaled
-from bitween.memory import return_freed_memory
+from bitween._progress import Progress, no_progress
+from bitween.gradual.evaluator import GradualEvaluator, Measurement
+from bitween.gradual.journal.journal import NullJournal
+from bitween.gradual.journal.recorded import Recorder
+from bitween.gradual.scores.probe import Probe
+from bitween.model import blocks
+from bitween.model.memory import return_freed_memory
 from bitween.quantized_tensor import QuantizedTensor
+from bitween.realise.block_training import train_block
+from bitween.realise.candidate import Candidate
+from bitween.realise.context import RunContext
+from bitween.realise.distillation import distill, rescaled
+from bitween.realise.realiser import Realiser
 from bitween.scheme import Scheme
-from bitween.sequential import SequentialQuantizer
-from bitween.signround import train_block
-
-from .candidate import Candidate
-from .context import GradualContext
-from .evaluator import GradualEvaluator, Measurement
-from .journal import NullJournal
-from .memory_need import fits_one_pass
-from .probe import Probe
-from .recorded import PlanSteps, Recorder
-from .utils import Progress, no_progress
 
 __all__ = ["PrecisionOptimizer", "Realisation", "Step"]
 
 LADDER = (8, 4, 2)
 BETWEEN = {4: (6, 5), 2: (3,)}  # tried when the next width of the ladder fails
 GROUP_SIZES = (128, 64, 32, 16)
-_TRAINING_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class PrecisionOptimizer:
     calibration_windows : windows that feed the Hessians, at most
     importance : {layer: float32 importance}, for layers without a Hessian (the embedding)
     one_pass : each block may run once over all windows where their activations take at most a GiB; False for batches
-    context : GradualContext, optional
+    context : RunContext, optional
         Shared with the other gradual classes; built from **options otherwise.
     """
 
@@ -108,30 +105,32 @@ class PrecisionOptimizer:
         calibration_windows: int = 48,
         importance: Mapping[str, np.ndarray] | None = None,
         one_pass: bool = True,
-        context: GradualContext | None = None,
+        context: RunContext | None = None,
         progress: Progress = no_progress,
         **options: Any,
     ):
-        self.context = context or GradualContext.build(model, tokenizer, progress=progress, **options)
+        self.context = context or RunContext.build(model, tokenizer, progress=progress, **options)
         self.evaluator = GradualEvaluator(model, tokenizer, context=self.context)
-        self.method = method
-        self.importance = dict(importance or {})
-        self._one_pass = one_pass
-        self.progress = progress
-        self.candidate = Candidate(self.context.model, self.context.layout)
-        self._windows = self.context.text.calibration.ids[:calibration_windows]
+        self.method, self.progress = method, progress
+        self.realiser = Realiser(
+            self.context,
+            method=method,
+            calibration_windows=calibration_windows,
+            importance=importance,
+            one_pass=one_pass,
+            progress=progress,
+        )
         self._probe: Probe | None = None
-        self._runner: blocks.BlockRunner | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The copy at work."""
+        return self.realiser.candidate
 
     @property
     def runner(self) -> blocks.BlockRunner:
         """Runs the candidate."""
-        if self._runner is None:
-            layout = blocks.inspect(self.candidate.model)
-            self._runner = blocks.BlockRunner(
-                self.candidate.model, layout, products=self.context.runner.products, check=False
-            )
-        return self._runner
+        return self.realiser.runner
 
     # ---- whole plans -----------------------------------------------------------------------------
 
@@ -150,23 +149,15 @@ class PrecisionOptimizer:
         """
         started = time.monotonic()
         layout = self.context.layout
-        self._check_plan(plan)
         steps = (recorder or Recorder(NullJournal(), layout)).plan(plan)
-        self.candidate.restore_all()
-        if (rest := steps.part("rest")) is not None:  # then every block was finished too
-            for part in (rest, *(steps.part(f"block {i}") for i in range(len(layout.blocks)))):
-                for name, tensor in part.items():
-                    self.candidate.put(layout.layer(name), tensor)
-        else:
-            self._quantize_all(plan, stage, steps)
+        stored = self.realiser.realise(plan, stage=stage, steps=steps)
         measurement = steps.measurement(lambda: self.evaluator.measure(self.runner)) if measure else None
         return_freed_memory()
-        stored = dict(self.candidate.stored)
         nbytes = sum(stored[x.name].nbytes if x.name in stored else x.nbytes for x in layout.layers)
         return Realisation(dict(plan), stored, nbytes, time.monotonic() - started, measurement)
 
     def _learn_correction(self, realisation: Realisation, steps: int) -> dict[str, np.ndarray]:
-        windows = self._windows[:steps]
+        windows = self.realiser.windows[:steps]
 
         def reference(i: int) -> tuple[torch.Tensor, Any]:
             states = self.context.reference("calibration", slice(i, i + 1)).final[0]
@@ -182,35 +173,6 @@ class PrecisionOptimizer:
         }
         return {key: values.numpy() for key, values in named.items()}
 
-    def _quantize_all(self, plan: Mapping[str, Scheme | None], stage: str, steps: PlanSteps) -> None:
-        layout, runner = self.context.layout, self.runner
-        methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
-        windows = self._batches("signround" in methods.values())
-        with runner:
-            exact = [runner.embed(part)[0] for part in windows]  # before the embedding is quantized
-        for layer in (layout.embedding, *layout.others):
-            if plan.get(layer.name) is not None:
-                self._quantize(layer, plan[layer.name], None)
-        with runner:
-            batches = [runner.embed(part) for part in windows]
-            quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put, exact=exact)
-            for i, block in enumerate(layout.blocks):
-                part = steps.part(f"block {i}")
-                if part is None:
-                    quantizer.run_block(i, plan, batches)
-                    steps.put_part(f"block {i}", self._stored_of(block.layers))
-                else:
-                    quantizer.take_block(i, plan, batches, part)
-                return_freed_memory()
-                self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
-            self._quantize_head(plan, [hidden for hidden, _ in batches], quantizer.exact)
-        in_blocks = {layer.name for block in layout.blocks for layer in block.layers}
-        steps.put_part("rest", self._stored_of(x for x in layout.layers if x.name not in in_blocks))
-        self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
-
-    def _stored_of(self, layers: Iterable[blocks.Layer]) -> dict[str, QuantizedTensor]:
-        return {x.name: self.candidate.stored[x.name] for x in layers if x.name in self.candidate.stored}
-
     def restore(self, realisation: Realisation) -> None:
         """Put the candidate back into the state that a realisation left, bit for bit."""
         self.candidate.restore_all()
@@ -221,7 +183,7 @@ class PrecisionOptimizer:
     def distill(self, realisation: Realisation, steps: int, recorder: Recorder | None = None) -> Realisation:
         """The same codes with row scales and norm gains that bring the whole model nearer to the original.
 
-        Trained on the calibration text, measured like any other realisation; see `bitween.distillation`.
+        Trained on the calibration text, measured like any other realisation; see `bitween.realise.distillation`.
         """
         started = time.monotonic()
         layout = self.context.layout
@@ -240,50 +202,6 @@ class PrecisionOptimizer:
         measurement = record.measurement(lambda: self.evaluator.measure(self.runner), f"measured, distilled in {steps}")
         seconds = realisation.seconds + time.monotonic() - started
         return replace(realisation, stored=stored, gains=gains, measurement=measurement, seconds=seconds)
-
-    def _batches(self, training: bool) -> list[torch.Tensor]:
-        """All windows at once where a block's activations are small: then each block runs once, not once a group.
-
-        Training takes one batch a step, so those stay small.
-        """
-        if training:
-            return list(self._windows.split(max(1, _TRAINING_TOKENS // self._windows.shape[1])))
-        if self._one_pass and fits_one_pass(self.context.layout, self._windows.numel()):
-            return [self._windows]
-        return list(self.context.batches(self._windows))
-
-    def _check_plan(self, plan: Mapping[str, Scheme | None]) -> None:
-        known = {layer.name for layer in self.context.layout.layers}
-        if unknown := sorted(set(plan) - known):
-            raise ValueError(f"plan: expected layers of the model; got {unknown[0]!r}")
-
-    def _quantize_head(self, plan: Mapping[str, Scheme | None], states: list, exact: list | None) -> None:
-        """The head, aiming at what it gives on the untouched model's states, where those were followed."""
-        layout = self.context.layout
-        scheme = None if layout.tied else plan.get(layout.head.name)
-        if scheme is None:
-            return
-        total = bitween.Hessian(layout.head.shape[1], cross=exact is not None)
-        for k, state in enumerate(states):
-            reference = None if exact is None else self.runner.final(exact[k]).float()
-            total.add(self.runner.final(state).float(), reference=reference)
-        self._quantize(layout.head, scheme, total)
-
-    def _method_of(self, scheme: Scheme) -> str:
-        """Refinement and training, the slow parts, are left to the widths below 5 bits, which do most of the damage."""
-        if scheme.bits >= 8:
-            return "rtn"
-        return "gptq" if scheme.bits >= 5 and self.method in ("gptq+refine", "signround") else self.method
-
-    def _quantize(self, layer: blocks.Layer, scheme: Scheme, hessian: bitween.Hessian | None) -> None:
-        method = self._method_of(scheme)
-        if method == "rtn":
-            tensor = bitween.quantize(layer.weight, scheme)
-        elif hessian is None or hessian.tokens == 0:  # an embedding, or an expert that the text never reached
-            tensor = bitween.quantize(layer.weight, scheme, method="clip", importance=self.importance.get(layer.name))
-        else:
-            tensor = bitween.quantize(layer.weight, scheme, method=method, hessian=hessian)
-        self.candidate.put(layer, tensor)
 
     # ---- single blocks ---------------------------------------------------------------------------
 

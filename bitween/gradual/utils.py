@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 __all__ = [
-    "Progress",
     "budget_nats",
     "check_at_least",
     "check_share",
-    "no_progress",
     "perplexity_increase",
     "replaced_weights",
 ]
-
-# Called with (stage, done, total, message); done and total count the stage's steps.
-Progress = Callable[[str, int, int, str], None]
-
-
-def no_progress(stage: str, done: int, total: int, message: str) -> None:
-    """Report nothing."""
 
 
 def budget_nats(max_perplexity_increase: float) -> float:

@@ -5,7 +5,7 @@ the layers are changed to match. Rotating the residual stream (SliceGPT, QuaRot)
 over all others; scaling the channels between two layers (AWQ, SmoothQuant) evens them out. The model stays
 an ordinary one of its architecture, so nothing has to be undone.
 
-    layout = bitween.blocks.inspect(model)
+    layout = bitween.model.blocks.inspect(model)
     plan = plan_transforms(model, layout)     # what is possible, and why the rest is not
     report = apply(model, layout, plan)       # in place, checked on logits, all or nothing
 """

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bitween.blocks import Layer, ModelLayout, inspect
-from bitween.replay import logits_of, settled
+from bitween.model.blocks import Layer, ModelLayout, inspect
+from bitween.model.replay import logits_of, settled
 from bitween.transforms.operators import Diagonal, Operator, PerHead, hadamard, orthogonal, rotation
 from bitween.transforms.plan import TransformPlan
 from bitween.transforms.scaling import ErrorFunction, ScaleChoice, choose_scales, group_range_error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from bitween.blocks import ModelLayout
+from bitween.model.blocks import ModelLayout
 from bitween.transforms.structure import Norm, Pair, Structure, find_structure
 
 STEPS = ("fold", "rotate", "heads", "scale")
@@ -79,7 +79,7 @@ def plan_transforms(
     Parameters
     ----------
     model, layout
-        A causal language model and its `bitween.blocks.inspect` result.
+        A causal language model and its `bitween.model.blocks.inspect` result.
     steps : iterable of str
         What is wanted, of "fold" (norm gains into the layers behind), "rotate" (the residual stream;
         includes folding), "heads" (rotate between value and output projection) and "scale" (channels

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bitween.blocks import BlockRunner, Context, Layer, ModelLayout
+from bitween.model.blocks import BlockRunner, Context, Layer, ModelLayout
 
 _TOLERANCE = 1e-4  # relative, for comparisons of float32 results
 _TOKENS = 8

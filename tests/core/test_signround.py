@@ -8,9 +8,10 @@ import torch
 
 import bitween
 from bitween import Scheme, _core, gptq
-from bitween.blocks import BlockRunner, inspect
+from bitween.model.blocks import BlockRunner, inspect
+from bitween.realise.block_training import train_block
+from bitween.rounding.signround import TrainedRounding, _Rounded, train_on_hessian
 from bitween.scheme import BITS
-from bitween.signround import TrainedRounding, _Rounded, train_block, train_on_hessian
 from tests import tiny_models
 from tests.core.reference_gptq import row_errors
 from tests.core.test_gptq import problem

@@ -10,13 +10,13 @@ import torch
 import bitween
 from bitween import Scheme
 from bitween.gradual import GradualEvaluator
-from bitween.gradual.candidate import Candidate
-from bitween.gradual.context import GradualContext
+from bitween.realise.candidate import Candidate
+from bitween.realise.context import RunContext
 
 
 @pytest.fixture
 def context(tiny_model, tiny_tokenizer):
-    return GradualContext.build(
+    return RunContext.build(
         tiny_model, tiny_tokenizer, calibration_samples=4, selection_samples=3, evaluation_samples=12, length=64
     )
 

@@ -12,8 +12,8 @@ import torch
 
 from bitween.gradual import GradualQuantizer
 from bitween.gradual.gradual_quantizer import BudgetConflict
-from bitween.gradual.planner import InfeasibleTarget
-from bitween.memory import model_bytes
+from bitween.gradual.plan.planner import InfeasibleTarget
+from bitween.model.memory import model_bytes
 
 FAST = {
     "calibration_samples": 16,
@@ -134,7 +134,7 @@ def test_non_finite_weights_name_the_layer(tiny_model, tiny_tokenizer):
 
 
 def test_memory_is_told_before_the_run(tiny_model, tiny_tokenizer, monkeypatch):
-    from bitween.gradual import memory_need
+    from bitween.gradual.plan import memory_need
 
     quantizer = GradualQuantizer(tiny_model, tiny_tokenizer, 0.7, 0.1, **FAST)
     sizes = quantizer.preflight()

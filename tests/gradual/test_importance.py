@@ -10,11 +10,11 @@ from scipy.stats import spearmanr
 import bitween
 from bitween import Scheme
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
-from bitween.gradual.context import GradualContext
-from bitween.gradual.curvature import _sample, collect_curvature, conditional_variances
-from bitween.gradual.methods import METHODS
-from bitween.gradual.probe import block_units, layer_units
-from bitween.gradual.scores import _sample_rows, score_layers
+from bitween.gradual.scores.curvature import _sample, collect_curvature, conditional_variances
+from bitween.gradual.scores.fisher import _sample_rows, score_layers
+from bitween.gradual.scores.methods import METHODS
+from bitween.gradual.scores.probe import block_units, layer_units
+from bitween.realise.context import RunContext
 
 OPTIONS = {"calibration_samples": 16, "selection_samples": 2, "evaluation_samples": 8, "length": 64}
 SEED_WEIGHTS = {"noise_injection": 0.15, "rtn_sensitivity": 0.40, "block_disable": 0.20, "layer_upgrade": 0.25}
@@ -93,7 +93,7 @@ def test_predicted_damage_ranks_and_scales_like_real_damage(analyzer, tiny_model
 
 def test_predicted_damage_of_a_whole_plan_with_feedback(tiny_model, tiny_tokenizer):
     """Embedding and head included: what the planner adds up is what GPTQ leaves, without a fit."""
-    context = GradualContext.build(tiny_model, tiny_tokenizer, length=64, calibration_samples=64, selection_samples=16)
+    context = RunContext.build(tiny_model, tiny_tokenizer, length=64, calibration_samples=64, selection_samples=16)
     scheme = Scheme(4, 64)
     curvature = collect_curvature(context, gradient_windows=16, hessian_windows=64)
     predicted = score_layers(context.layout, curvature, [scheme])

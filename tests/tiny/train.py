@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bitween.calibration import load_documents
+from bitween.text.calibration import load_documents
 
 FOLDER = Path(__file__).parent / "model"
 VOCABULARY, CONTEXT = 2048, 256

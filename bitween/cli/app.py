@@ -1,0 +1,32 @@
+"""The command line: `bitween quantize | analyze | plan | evaluate | export | report | info`, also `python -m bitween`.
+
+Exit codes: 0 done; 1 an error in the input or while working, told in one line; 2 wrong usage;
+3 the targets were met only in part (the report says which); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    help="The best mixed-precision language model within a memory target and a perplexity budget, with the proof.",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: errors become one line and exit code 1, Ctrl-C exit code 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        typer.echo(f"bitween: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,27 @@
+"""`bitween evaluate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from bitween.cli.app import app
+from bitween.cli.inputs import compare, load
+from bitween.cli.options import Json, Model
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="the model it came from, to compare with")] = None,
+    text: Annotated[str | None, typer.Option(help="text file; default bitween's own")] = None,
+    samples: Annotated[int, typer.Option(help="windows of 512 tokens, at most")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model, and its KL divergence from the model it came from."""
+    candidate, tokenizer = load(model, "auto")
+    base = load(reference, "auto")[0] if reference else candidate
+    result = compare(candidate, base, tokenizer, text, samples)
+    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))

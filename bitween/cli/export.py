@@ -1,0 +1,61 @@
+"""`bitween export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitween.cli.app import app
+from bitween.cli.inputs import check_output, compare, load, show
+from bitween.cli.options import Json
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="directory that bitween saved")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file for gguf, else a directory, empty or new")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, auto-round or gguf")],
+    exact: Annotated[bool, typer.Option(help="gguf: only block types that hold the same numbers")] = False,
+    template: Annotated[Path | None, typer.Option(help="gguf: a GGUF of the same model to copy settings from")] = None,
+    samples: Annotated[int, typer.Option(help="gguf: windows that measure what re-rounding costs; 0 for none")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model for other tools."""
+    if format not in _FORMATS:
+        raise ValueError(f"--format: expected one of {', '.join(_FORMATS)}; got {format!r}")
+    if format != "gguf":
+        check_output(output)
+    loaded, tokenizer = load(str(model), "auto")
+    done = _FORMATS[format](loaded, tokenizer, output, exact=exact, template=template, samples=samples)
+    show({"format": format, "output": str(output), **done}, as_json)
+
+
+def _to_compressed_tensors(model, tokenizer, output: Path, **_) -> dict:
+    from bitween.store.saving import save_model
+
+    return {"bytes": save_model(model, tokenizer, output, format="compressed-tensors").nbytes}
+
+
+def _to_auto_round(model, tokenizer, output: Path, **_) -> dict:
+    from bitween.export.auto_round import export_auto_round
+
+    export_auto_round(model, tokenizer, output)
+    return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
+
+
+def _to_gguf(model, tokenizer, output: Path, exact: bool, template: Path | None, samples: int) -> dict:
+    from bitween.export.gguf import export_gguf
+
+    written = export_gguf(model, tokenizer, output, exact=exact, template=template)
+    found = {"bytes": written.nbytes, **{f"{kind} tensors": n for kind, n in sorted(written.types.items())}}
+    if written.rounded:
+        found["layers rounded again"] = len(written.rounded)
+    if written.rounded and samples:
+        compared = compare(load(str(output), "float32")[0], model, tokenizer, None, samples)
+        found["KL from this model, nats per token"] = round(compared.quality.damage, 6)
+    return found
+
+
+_FORMATS = {"compressed-tensors": _to_compressed_tensors, "auto-round": _to_auto_round, "gguf": _to_gguf}

@@ -1,0 +1,60 @@
+"""`bitween plan`."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from bitween.cli.app import app
+from bitween.cli.inputs import load
+from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text
+
+
+@app.command()
+def plan(
+    model: Model,
+    target_memory_reduction: Reduction = 0.6,
+    calibration_data: Text = None,
+    calibration_samples: Calibration = 100,
+    ignore_layer: Ignored = None,
+    export_target: For = "any",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Predict the trade-off between size and damage, and the scheme of each layer at a target; quantizes nothing."""
+    from bitween.gradual import GradualQuantizer
+    from bitween.gradual.utils import perplexity_increase
+    from bitween.report.progress import ProgressBars
+
+    loaded, tokenizer = load(model, dtype)
+    quantizer = GradualQuantizer(
+        loaded,
+        tokenizer,
+        target_memory_reduction,
+        calibration_data=calibration_data,
+        calibration_samples=calibration_samples,
+        ignore_layers=ignore_layer or (),
+        export_target=export_target,
+        seed=seed,
+        progress=ProgressBars(),
+    )
+    front, chosen = quantizer.plan()
+    schemes = {name: "kept" if scheme is None else str(scheme) for name, scheme in chosen.schemes.items()}
+    if as_json:
+        found = {"plan": schemes, "nbytes": chosen.nbytes, "damage": chosen.damage, "frontier": front.points()}
+        typer.echo(json.dumps(found, indent=1))
+        return
+    sizes = quantizer.preflight()
+    typer.echo("memory of the model   saved   predicted KL   about perplexity")
+    for share in (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.725, 0.75, 0.775, 0.8, 0.85):
+        limit = sizes["bytes"] * (1 - share)
+        if limit < sizes["least_bytes"]:
+            break
+        damage = front.within_bytes(limit - sizes["fixed_bytes"]).damage
+        typer.echo(f"{limit / 2**20:15,.1f} MiB  {share:6.1%}  {damage:13.4f}  {perplexity_increase(damage):+16.2%}")
+    typer.echo(f"\nat {target_memory_reduction:.1%} saved:")
+    for name, scheme in schemes.items():
+        typer.echo(f"  {name:44s} {scheme}")

@@ -1,0 +1,78 @@
+"""`bitween quantize`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitween.cli.app import app
+from bitween.cli.inputs import check_output, load, show
+from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory to write; must be empty or new")],
+    target_memory_reduction: Reduction = 0.6,
+    max_perplexity_increase: Annotated[float, typer.Option(help="relative, 0.05 = 5 %")] = 0.05,
+    calibration_data: Text = None,
+    calibration_samples: Calibration = 100,
+    evaluation_samples: Annotated[int, typer.Option(help="windows of text for the proof, at most")] = 200,
+    ignore_layer: Ignored = None,
+    on_conflict: Annotated[str, typer.Option(help="quality, memory or error")] = "quality",
+    export_target: For = "any",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    max_memory: Annotated[float | None, typer.Option(help="GiB that the process may take, about")] = None,
+    resume: Annotated[bool, typer.Option(help="go on where a stopped run of the same inputs left off")] = True,
+    dry_run: Annotated[bool, typer.Option(help="only show sizes and the least reachable bytes")] = False,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Quantize a model gradually and save it.
+
+    Finished steps are kept in OUTPUT.journal until the model is saved: the same command goes on with a stopped run.
+    """
+    check_output(output)
+    journal = output.with_name(output.name + ".journal")
+    from bitween.gradual import GradualQuantizer
+    from bitween.report.progress import ProgressBars
+
+    loaded, tokenizer = load(model, dtype)
+    quantizer = GradualQuantizer(
+        loaded,
+        tokenizer,
+        target_memory_reduction,
+        max_perplexity_increase,
+        calibration_data=calibration_data,
+        calibration_samples=calibration_samples,
+        evaluation_samples=evaluation_samples,
+        ignore_layers=ignore_layer or (),
+        on_conflict=on_conflict,
+        export_target=export_target,
+        seed=seed,
+        max_memory=None if max_memory is None else int(max_memory * 2**30),
+        progress=ProgressBars(),
+        journal=journal,
+        resume=resume,
+    )
+    if dry_run:
+        show(quantizer.preflight(), as_json)
+        return
+    try:
+        quantized = quantizer.quantize()
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is done is kept in {journal}, and the same command goes on from there", err=True)
+        raise
+    report = quantizer.get_quantization_report()
+    from bitween.store.saving import save_model
+
+    save_model(quantized, tokenizer, output, report=report.to_dict(), certificate=report.proof)
+    shutil.rmtree(journal)
+    typer.echo(report.to_json() if as_json else str(report))
+    if report.conflict:
+        raise typer.Exit(3)

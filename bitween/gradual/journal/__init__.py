@@ -1,0 +1,1 @@
+"""Finished steps on disk, so that a stopped run goes on."""

@@ -1,0 +1,1 @@
+"""Least damage within bytes: sizes, items, the frontier, and the descent along it."""

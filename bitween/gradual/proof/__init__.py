@@ -1,0 +1,1 @@
+"""The statistics of the proof on held-out text."""

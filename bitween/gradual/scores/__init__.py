@@ -1,0 +1,1 @@
+"""What damage each block, layer and scheme does, in nats of KL per token."""

@@ -1,0 +1,53 @@
+"""Stored matrices as numbers by plain torch operations: for devices that the core does not reach, and for tracing.
+
+The same value as the core gives, (q - zero) * scale in fp32, rounded once to the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitween.scheme import Scheme
+
+__all__ = ["decode"]
+
+
+def decode(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scheme: Scheme,
+    cols: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The matrix (rows, cols) in `dtype`, on the device of its parts (meta included)."""
+    rows, n_groups = scales.shape
+    q = unpack_ternary(codes, cols) if scheme.levels == 3 else unpack_dense(codes, cols, _bits(scheme))
+    q = q.to(torch.float32)
+    group = cols if scheme.group_size == -1 else scheme.group_size
+    pad = n_groups * group - cols
+    if pad:
+        q = torch.nn.functional.pad(q, (0, pad))
+    zero = scheme.zero if zeros is None else unpack_dense(zeros, n_groups, _bits(scheme)).to(torch.float32)[:, :, None]
+    values = (q.reshape(rows, n_groups, group) - zero) * scales.to(torch.float32)[:, :, None]
+    return values.reshape(rows, n_groups * group)[:, :cols].to(dtype)
+
+
+def _bits(scheme: Scheme) -> int:
+    return (scheme.levels - 1).bit_length()
+
+
+def unpack_dense(packed: torch.Tensor, n: int, bits: int) -> torch.Tensor:
+    """Codes int32 (rows, n): code i takes bits i*bits .. i*bits+bits-1 of its row, least significant first."""
+    start = torch.arange(n, device=packed.device) * bits
+    first = start // 8
+    wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int32)  # a code may reach into the next byte
+    window = wide[:, first] | wide[:, first + 1] << 8
+    return window >> (start % 8).to(torch.int32) & (1 << bits) - 1
+
+
+def unpack_ternary(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """Codes int32 (rows, n), five a byte, the first one the least significant digit in base 3."""
+    place = torch.arange(n, device=packed.device)
+    power = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=packed.device)[place % 5]
+    return packed.to(torch.int32)[:, place // 5] // power % 3

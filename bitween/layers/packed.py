@@ -1,0 +1,89 @@
+"""Packed: what every torch module on a stored matrix has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitween.layers.decoding import decode
+from bitween.quantized_tensor import QuantizedTensor
+from bitween.scheme import Scheme
+
+__all__ = ["Packed", "empty_stored", "packed_layers"]
+
+
+def _as_buffer(array: Any) -> torch.Tensor | None:
+    """NumPy memory as a tensor, without a copy where it may be written."""
+    if array is None or isinstance(array, torch.Tensor):
+        return array
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+class Packed(nn.Module):
+    """A stored matrix as buffers: `codes` uint8, `scales` float16, `zeros` uint8 or None."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(self, stored: QuantizedTensor) -> None:
+        super().__init__()
+        self.scheme = stored.scheme
+        self._shape = (int(stored.shape[0]), int(stored.shape[1]))
+        self._hold(*(_as_buffer(a) for a in (stored.codes, stored.scales, stored.zeros)))
+
+    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        buffers = self._buffers  # straight from the dictionary: nn.Module's look-up takes longer than all the rest
+        return buffers["codes"], buffers["scales"], buffers["zeros"]
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The stored matrix, on the same memory."""
+        return QuantizedTensor(*self._packed(), self.scheme, self._shape)
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft and accelerate find the device of a packed layer."""
+        return self.codes
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return self.quantized.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix as a new tensor (rows, cols) of `dtype`, on the device of the layer."""
+        if self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.quantized.dequantize(dtype)
+        return decode(self.codes, self.scales, self.zeros, self.scheme, self._shape[1], dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """As nn.Module, but scales keep their 16 bits when a change of dtype passes over the model."""
+        scales = self._buffers.get("scales")
+        if scales is not None:
+            self._buffers["scales"] = scales.view(torch.int16)  # what is not floating point moves, but is not cast
+        super()._apply(fn, recurse)
+        if scales is not None:
+            self._buffers["scales"] = self._buffers["scales"].view(torch.float16)
+        return self
+
+
+def empty_stored(rows: int, cols: int, scheme: Scheme, device: Any) -> QuantizedTensor:
+    sizes = scheme.layout(rows, cols)
+    codes = torch.zeros(rows, sizes["row_bytes"], dtype=torch.uint8, device=device)
+    scales = torch.ones(rows, sizes["n_groups"], dtype=torch.float16, device=device)
+    zeros = None if scheme.symmetric else torch.zeros(rows, sizes["row_zero_bytes"], dtype=torch.uint8, device=device)
+    return QuantizedTensor(codes, scales, zeros, scheme, (rows, cols))
+
+
+def packed_layers(model: nn.Module) -> list[tuple[str, Packed]]:
+    """(name, module) of every packed layer of a model, in its order."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, Packed)]

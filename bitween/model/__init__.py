@@ -1,0 +1,1 @@
+"""A model as parts that can be run: blocks, layers, head, and the memory they take."""

@@ -1,0 +1,277 @@
+"""Hugging Face's `save_pretrained` and `from_pretrained` for quantized models.
+
+`attach` decides what `model.save_pretrained(directory)` writes: a compressed-tensors checkpoint, which loads without
+bitween, wherever that format holds every layer; bitween's own format otherwise. `import bitween` is all that
+`AutoModelForCausalLM.from_pretrained` needs for the latter; it is registered by transformers' public functions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitween import __version__
+from bitween.layers import QuantizedEmbedding, QuantizedLinear
+from bitween.scheme import Scheme
+from bitween.store import compressed_tensors
+from bitween.store.checkpoint import SCHEMA_VERSION, CheckpointError, read_header
+
+__all__ = ["METHOD", "Attached", "BitweenConfig", "BitweenQuantizer", "attach", "check_stored", "plan_of", "swap"]
+
+METHOD = "bitween"
+
+
+class BitweenConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint in bitween's own format.
+
+    Parameters
+    ----------
+    plan : {layer name: Scheme or its text, as "4b g64 sym"}
+    schema_version : int, of the format; a newer one than this bitween knows is refused
+    bitween_version : str, of the writer
+    """
+
+    def __init__(
+        self,
+        plan: dict[str, Any] | None = None,
+        schema_version: int = SCHEMA_VERSION,
+        bitween_version: str = __version__,
+        quant_method: str = METHOD,
+    ) -> None:
+        if type(schema_version) is not int or schema_version < 1:
+            raise CheckpointError(f"schema_version: expected a positive integer; got {schema_version!r}")
+        if schema_version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"schema_version: written by bitween {bitween_version} as format {schema_version}; "
+                f"this is bitween {__version__}, which reads up to {SCHEMA_VERSION}: upgrade it"
+            )
+        if quant_method != METHOD:
+            raise CheckpointError(f"quant_method: expected {METHOD!r}; got {quant_method!r}")
+        self.quant_method = METHOD
+        self.schema_version = schema_version
+        self.bitween_version = str(bitween_version)
+        self.plan = {name: str(scheme) for name, scheme in _parsed(plan).items()}
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The plan with Schemes."""
+        return _parsed(self.plan)
+
+
+def _parsed(plan: Any) -> dict[str, Scheme]:
+    if plan is None:
+        return {}
+    if not isinstance(plan, dict):
+        raise CheckpointError(f"plan: expected layers and their schemes; got {type(plan).__name__}")
+    result = {}
+    for name, scheme in plan.items():
+        if not isinstance(scheme, (Scheme, str)):
+            raise CheckpointError(f'expected a scheme like "4b g64 sym"; got {scheme!r}', tensor=name)
+        try:
+            result[name] = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+        except ValueError as error:
+            raise CheckpointError(str(error), tensor=name) from None
+    return result
+
+
+class BitweenQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a model in bitween's own format."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        swap(model, self.quantization_config.schemes)
+        if kwargs.get("checkpoint_files"):
+            self._check_files(model, kwargs["checkpoint_files"])
+        return model
+
+    def _check_files(self, model: nn.Module, paths: list[str]) -> None:
+        """CheckpointError unless every packed tensor is in the files with its shape: nothing is filled at random."""
+        entries = {name: entry for path in paths for name, entry in read_header(Path(path)).items()}
+        for layer in self.quantization_config.plan:
+            for part, buffer in model.get_submodule(layer)._buffers.items():
+                name = f"{layer}.{part}"
+                if buffer is None or part in model.get_submodule(layer)._non_persistent_buffers_set:
+                    continue
+                if name not in entries:
+                    raise CheckpointError("missing", tensor=name)
+                if entries[name].shape != tuple(buffer.shape):
+                    reason = f"expected {tuple(buffer.shape)}; got {entries[name].shape}"
+                    raise CheckpointError(reason, entries[name].file, name)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.quantization_config.plan:
+            check_stored(model.get_submodule(name), name)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        _check_all(model)
+        warnings.warn("written in bitween's own format: `import bitween` before loading it", stacklevel=3)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _CompressedTensorsWriter(BitweenQuantizer):
+    """Makes `save_pretrained` write compressed-tensors instead."""
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        _check_all(model)
+        return compressed_tensors.state_dict(model), {}
+
+
+def plan_of(model: nn.Module) -> dict[str, Scheme]:
+    """The plan of a quantized model, read from its layers; a head that shares an embedding's codes is not listed."""
+    return {
+        name: module.scheme
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and "codes" in module._buffers
+    }
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `save_pretrained` will write: `format`, and the `reasons` against compressed-tensors by layer."""
+
+    format: str
+    reasons: dict[str, str]
+
+
+def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: str = "auto") -> Attached:
+    """Choose what `model.save_pretrained(directory)` writes.
+
+    Parameters
+    ----------
+    model : a transformers model with QuantizedLinear and QuantizedEmbedding layers; only its config and its
+        `hf_quantizer` change
+    plan : checked against the layers when given
+    format : "compressed-tensors" (loads without bitween), "native" (needs `import bitween`), or "auto": the first
+        that holds every layer
+
+    Returns
+    -------
+    Attached
+
+    Raises
+    ------
+    ValueError
+        An unknown format, a model without quantized layers, a plan that is not the model's, or layers that
+        compressed-tensors cannot hold when it is asked for; all of them are named.
+    """
+    if format not in ("auto", "native", "compressed-tensors"):
+        raise ValueError(f"format: expected 'auto', 'native' or 'compressed-tensors'; got {format!r}")
+    found = plan_of(model)
+    if not found:
+        raise ValueError("model: expected quantized layers; it has none")
+    if plan is not None and plan != found:
+        wrong = sorted(n for n in plan.keys() | found.keys() if plan.get(n) != found.get(n))
+        raise ValueError(f"plan: differs from the model's layers at {', '.join(wrong[:5])}")
+    reasons = compressed_tensors.reasons(model)
+    if format == "compressed-tensors" and reasons:
+        raise ValueError("format: compressed-tensors cannot hold " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+    _untie(model)
+    if reasons or format == "native":
+        config = BitweenConfig(found)
+        model.hf_quantizer = BitweenQuantizer(config)
+        model.config.quantization_config = config
+        return Attached("native", reasons)
+    model.hf_quantizer = _CompressedTensorsWriter(BitweenConfig(found))
+    model.config.quantization_config = compressed_tensors.config(model)
+    return Attached("compressed-tensors", {})
+
+
+def swap(model: nn.Module, plan: dict[str, Scheme]) -> None:
+    """Replace the layers that the plan names by empty quantized ones, on the device of their weights (often meta).
+
+    Raises
+    ------
+    CheckpointError
+        when a name is not that of a linear layer or an embedding.
+    """
+    for name, scheme in plan.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError("the plan names it, the model has no such layer", tensor=name) from None
+        new = _empty_like(old, scheme)
+        if new is None:
+            kind = type(old).__name__
+            raise CheckpointError(f"expected a linear layer or an embedding to quantize; got {kind}", tensor=name)
+        model.set_submodule(name, new.train(old.training))
+        if isinstance(new, QuantizedEmbedding):
+            for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+                if source == f"{name}.weight":
+                    tied = target.removesuffix(".weight")
+                    bias = getattr(model.get_submodule(tied), "bias", None)
+                    model.set_submodule(tied, QuantizedLinear.tied_to(new, bias))
+    _untie(model)
+
+
+def _check_all(model: nn.Module) -> None:
+    """What could not be loaded again is not written."""
+    for name in plan_of(model):
+        check_stored(model.get_submodule(name), name)
+
+
+def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> None:
+    """CheckpointError unless scales are finite and above 0, and codes and zeros are those of the scheme."""
+    scales = module.scales
+    if scales.is_meta:
+        return
+    if scales.numel() and not bool(((scales > 0) & torch.isfinite(scales)).all()):
+        raise CheckpointError("expected scales that are finite and above 0", tensor=f"{name}.scales")
+    if module.scheme.levels == 3 and module.codes.numel():
+        if int(module.codes.max()) > 242:
+            raise CheckpointError("expected five ternary digits a byte, at most 242", tensor=f"{name}.codes")
+        if module.zeros is not None and bool((module.zeros & (module.zeros >> 1) & 0x55).any()):
+            raise CheckpointError("expected ternary zeros of at most 2", tensor=f"{name}.zeros")
+
+
+def _empty_like(old: nn.Module, scheme: Scheme) -> nn.Module | None:
+    weight = getattr(old, "weight", None)
+    if isinstance(old, nn.Linear) or hasattr(old, "nf"):
+        cols, rows = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (old.nx, old.nf)
+        return QuantizedLinear.empty(cols, rows, scheme, old.bias is not None, weight.dtype, weight.device)
+    if isinstance(old, nn.Embedding) and type(old).forward is nn.Embedding.forward:
+        shape = old.num_embeddings, old.embedding_dim
+        return QuantizedEmbedding.empty(*shape, scheme, weight.dtype, old.padding_idx, weight.device)
+    return None
+
+
+def _untie(model: nn.Module) -> None:
+    """Forget ties between weights that are no longer there: quantized layers share codes by `tied_to`."""
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+        ties = getattr(model, attribute, None)
+        if isinstance(ties, dict):
+            setattr(model, attribute, {t: s for t, s in ties.items() if not _is_packed(model, s)})
+
+
+def _is_packed(model: nn.Module, parameter: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), (QuantizedLinear, QuantizedEmbedding))
+    except AttributeError:
+        return False
+
+
+def _register() -> None:
+    """Add bitween to transformers' table of quantizers, once; a reloaded module leaves it as it is."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(BitweenConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(BitweenQuantizer)
+
+
+_register()

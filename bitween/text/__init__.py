@@ -1,0 +1,1 @@
+"""Text of calibration, selection and certification: documents, windows, splits, and the text that is shipped."""

@@ -1,0 +1,142 @@
+"""Text from wherever it is kept, as a list of documents."""
+
+import gzip
+import json
+import re
+from importlib import import_module, resources
+from importlib.util import find_spec
+from os import PathLike, fspath
+from pathlib import Path
+
+SUFFIXES = (".txt", ".md", ".json", ".jsonl")
+
+# What begins a new document inside one long text: a WikiText title, a Markdown heading, a book's chapter.
+_TITLE = re.compile(r"^ ?= [^=\n]+ = *$", re.MULTILINE)
+_HEADINGS = (
+    _TITLE,
+    re.compile(r"^##? \S.*$", re.MULTILINE),
+    re.compile(r"^ *chapter +[0-9ivxlc]+\b.*$", re.MULTILINE | re.IGNORECASE),
+)
+_FEWEST_PARTS = 3  # fewer could not be kept apart between calibration, selection and certification
+
+
+def load_documents(source=None) -> list[str]:
+    """Read text and return its documents, in order, without blank ones.
+
+    Parameters
+    ----------
+    source : None, path, str or sequence of str
+        None: the English text that ships with bitween (`bitween/text/data/README.md` tells its origin).
+        A path to a .txt, .md, .json or .jsonl file, each also gzipped (.gz). JSON holds a list, JSON Lines one
+        item a line; an item is a string or an object with a string "text".
+        A list of strings: one document each.
+        A folder or any other string: a data set of the `datasets` package, written "name", "name:config" or
+        "name:config:split" (the split is "train" unless told); its column "text" is used.
+
+    Returns
+    -------
+    list of str
+        Rows that are lines of WikiText are put together again into articles. A source that is one single text is
+        cut at its titles, Markdown headings or chapters if it has at least three.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The source is of another kind, holds no text, or is not readable as what it claims to be.
+    FileNotFoundError
+        There is no such file.
+    """
+    if source is None:
+        rows = _read_file(Path(str(resources.files("bitween.text") / "data" / "text.jsonl.gz")))
+    elif isinstance(source, str | PathLike) and Path(source).is_dir():
+        rows = _read_data_set(fspath(source))
+    elif isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
+        rows = _read_file(Path(source))
+    elif isinstance(source, str):
+        rows = _read_data_set(source)
+    else:
+        rows = _read_rows(source, "calibration_data")
+    documents = [text for text in _regroup(rows) if text.strip()]
+    if not documents:
+        raise ValueError(f"calibration_data: expected text; got {describe(source)}, which is empty or blank")
+    return documents
+
+
+def describe(source) -> str:
+    """A few words that name a source in messages and reports."""
+    if source is None:
+        return "the text that ships with bitween"
+    if isinstance(source, str | PathLike):
+        return fspath(source)
+    if hasattr(source, "shape"):
+        return f"token windows of shape {tuple(source.shape)}"
+    return f"a list of {len(source)} strings"
+
+
+def _is_path(source: str) -> bool:
+    """Whether a string means a file, there or not, rather than a data set."""
+    name = source.removesuffix(".gz")
+    return name.endswith(SUFFIXES) or source.startswith(("/", "./", "../", "~")) or Path(source).exists()
+
+
+def _read_file(path: Path) -> list[str]:
+    path = path.expanduser()
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"calibration_data: expected a file ending in {', '.join(SUFFIXES)} (or .gz); got {path}")
+    raw = path.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        text = text.replace("\r\n", "\n")
+        if suffix == ".json":
+            return _read_rows(json.loads(text), str(path))
+        if suffix == ".jsonl":
+            return _read_rows([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"calibration_data: {path} is not valid {suffix} text: {error}") from error
+    return [text]
+
+
+def _read_rows(rows, where: str) -> list[str]:
+    """Strings, or the "text" of objects."""
+    if not isinstance(rows, list | tuple):
+        raise TypeError(f"{where}: expected a path, a list of strings or token windows; got {type(rows).__name__}")
+    texts = [row.get("text") if isinstance(row, dict) else row for row in rows]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f'{where}: item {i}: expected a string or an object with a string "text"; got {type(rows[i]).__name__}'
+            )
+    return texts
+
+
+def _read_data_set(source: str) -> list[str]:
+    if find_spec("datasets") is None:
+        raise ValueError(
+            f"calibration_data: {source!r} is neither a file nor, without the package `datasets`, a data set; "
+            "give the path of a text file, or run: pip install datasets"
+        )
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    rows = import_module("datasets").load_dataset(name, config or None, split=split or "train")
+    if "text" not in rows.column_names:
+        raise ValueError(f'{source}: expected a column "text"; got the columns {", ".join(rows.column_names)}')
+    return _read_rows(list(rows["text"]), source)
+
+
+def _regroup(rows: list[str]) -> list[str]:
+    """Lines of WikiText become articles; one long text becomes its parts."""
+    if len(rows) > 1:
+        if not any(_TITLE.fullmatch(row.strip("\n")) for row in rows):
+            return rows
+        return _cut("".join(row if row.endswith("\n") else row + "\n" for row in rows), _TITLE)
+    for heading in _HEADINGS if rows else ():
+        parts = _cut(rows[0], heading)
+        if len(parts) >= _FEWEST_PARTS:
+            return parts
+    return rows
+
+
+def _cut(text: str, heading: re.Pattern) -> list[str]:
+    starts = [match.start() for match in heading.finditer(text)]
+    return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
