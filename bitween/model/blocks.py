@@ -162,6 +162,9 @@ class BlockRunner:
         `products` overrides the runner's own choice for this one product; bfloat16 products round the
         logits themselves to bfloat16.
         """
+        weight = getattr(self.layout.head.module, "weight", None)
+        if (products or self.products) == "fp32" and isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            final = final.to(weight.dtype)  # what enters the head is kept in float32, the head may be a half
         with self._quiet(grad), self._arithmetic(products):
             raw = self._replay.head(final)
         return self.after_head(raw, grad=grad)

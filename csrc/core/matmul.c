@@ -6,18 +6,6 @@
 #include "cpu.h"
 #include "scheme.h"
 
-enum { FINISH_ROWS = 64 };
-
-void bw_finish_token(const bw_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums) {
-    float bias[FINISH_ROWS];
-    if (p->bias) {
-        bw_cpu()->load_row(p->bias, 0, row, n, bias);
-        for (ptrdiff_t r = 0; r < n; r++) sums[r] += bias[r];
-    }
-    ptrdiff_t size = p->dtype == BW_F32 ? 4 : 2;
-    bw_cpu()->store(sums, n, p->dtype, p->out + (token * p->weight->rows + row) * size);
-}
-
 static bw_status check(bw_product *p) {
     bw_status status = bw_check_matrix(p->x);
     if (!status) status = bw_check_quantized(p->weight, &p->layout);
