@@ -23,10 +23,10 @@ static bw_status check(bw_product *p) {
 /* The sum over no columns. */
 static void store_bias(const bw_product *p) {
     for (ptrdiff_t t = 0; t < p->x->rows; t++)
-        for (ptrdiff_t row = 0; row < p->weight->rows; row += FINISH_ROWS) {
-            float sums[FINISH_ROWS] = {0};
+        for (ptrdiff_t row = 0; row < p->weight->rows; row += BW_FINISH_ROWS) {
+            float sums[BW_FINISH_ROWS] = {0};
             ptrdiff_t left = p->weight->rows - row;
-            bw_finish_token(p, t, row, left < FINISH_ROWS ? left : FINISH_ROWS, sums);
+            bw_finish_token(p, t, row, left < BW_FINISH_ROWS ? left : BW_FINISH_ROWS, sums);
         }
 }
 

@@ -5,10 +5,8 @@
 #include "matmul.h"
 #include "scheme.h"
 
-enum { FINISH_ROWS = 64 };
-
 void bw_finish_token(const bw_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums) {
-    float bias[FINISH_ROWS];
+    float bias[BW_FINISH_ROWS];
     if (p->bias) {
         bw_cpu()->load_row(p->bias, 0, row, n, bias);
         for (ptrdiff_t r = 0; r < n; r++) sums[r] += bias[r];
