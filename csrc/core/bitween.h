@@ -220,8 +220,9 @@ bw_status bw_train_backward(const bw_rounding *rounding, const float *grad, floa
 
 /* ---- trellis.c ---- */
 /* A matrix in trellis codes. Tiles of 16 x 16 weights, zeros beyond its edges, one column after the other: 256 weights,
- * each `rate` bits of a ring of 256 * rate bits, counted from the top of each byte. A weight's state is the `width` bits
- * that end with its own; hashed (codec/trellis.h), it is a whole number n within 510, and the weight n / 128 * scale. */
+ * each `rate` bits of a ring of 256 * rate bits, counted from the top of each byte. A weight's state is the `width`
+ * bits that end with its own; hashed (codec/trellis.h), it is a whole number n within 510, and the weight n / 128 *
+ * scale. */
 typedef struct {
     uint8_t *codes;   /* (ceil(rows / 16), row_bytes): the tiles of 16 rows, from left to right, 32 * rate bytes each */
     uint16_t *scales; /* fp16 (rows), > 0 */
@@ -248,8 +249,8 @@ bw_status bw_trellis_matmul(const bw_matrix *x, const bw_trellis *weight, const 
 
 /* ---- trellis_quantize.c ---- */
 typedef struct {
-    double damping;        /* as in bw_gptq_options */
-    int32_t half_bits;     /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
+    double damping;    /* as in bw_gptq_options */
+    int32_t half_bits; /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
     int32_t by_activation; /* 1: the 16 columns of most mean activation first */
     int32_t refit;         /* 1: scales by least squares at the end */
 } bw_trellis_options;

@@ -83,7 +83,8 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
     const bw_trellis *t = job->tensor;
     ptrdiff_t tile = job->first / SIDE + chunk, row = tile * SIDE, end = lesser(job->first + job->n, row + SIDE),
               padded = job->layout.col_tiles * SIDE, size = job->dtype == BW_F32 ? 4 : 2;
-    float steps[SIDE], *columns = (float *)(job->scratch + worker * job->scratch_bytes), *values = columns + padded * SIDE;
+    float steps[SIDE], *columns = (float *)(job->scratch + worker * job->scratch_bytes),
+                       *values = columns + padded * SIDE;
     if (load_steps(t, row, lesser(t->rows - row, SIDE), steps)) {
         atomic_store(&job->status, BW_ERR_SCALE);
         return;
@@ -150,8 +151,15 @@ static void multiply_few_chunk(void *context, ptrdiff_t chunk, int worker) {
 
 static bw_status multiply_few(product_job *p, int digits) {
     ptrdiff_t padded = (p->x->cols + CELL - 1) / CELL * CELL, m = p->x->rows;
-    p->few = (bw_trellis_few){p->weight->codes, p->weight->rates, p->layout.col_tiles, p->layout.row_bytes, padded, 0,
-                              NULL,             p->weight->width, digits};
+    p->few = (bw_trellis_few){p->weight->codes,
+                              p->weight->rates,
+                              p->layout.col_tiles,
+                              p->layout.row_bytes,
+                              padded,
+                              0,
+                              NULL,
+                              p->weight->width,
+                              digits};
     p->few.token_bytes = bw_aligned(digits ? padded * 8 + padded / CELL * 8 : padded * 4);
     char *memory = bw_alloc(m + 1, p->few.token_bytes);
     if (!memory) return BW_ERR_MEMORY;
@@ -177,7 +185,8 @@ static void multiply_many_chunk(void *context, ptrdiff_t chunk, int worker) {
     product_job *p = context;
     ptrdiff_t cols = p->x->cols, padded = p->layout.col_tiles * SIDE, row = chunk * MANY_ROWS,
               n = lesser(p->weight->rows - row, MANY_ROWS);
-    float steps[MANY_ROWS], *tile = (float *)(p->scratch + worker * p->scratch_bytes), *sums = tile + padded * MANY_ROWS;
+    float steps[MANY_ROWS], *tile = (float *)(p->scratch + worker * p->scratch_bytes),
+                            *sums = tile + padded * MANY_ROWS;
     if (load_steps(p->weight, row, n, steps)) {
         atomic_store(&p->status, BW_ERR_SCALE);
         return;
@@ -199,8 +208,7 @@ static bw_status multiply_many(product_job *p) {
     float *room = bw_alloc(p->x->rows, p->x->cols * 4);
     bw_status status = BW_ERR_MEMORY;
     if (p->scratch && room) {
-        for (ptrdiff_t i = 0; i < p->x->rows; i++)
-            bw_cpu()->load_row(p->x, i, 0, p->x->cols, room + i * p->x->cols);
+        for (ptrdiff_t i = 0; i < p->x->rows; i++) bw_cpu()->load_row(p->x, i, 0, p->x->cols, room + i * p->x->cols);
         p->values = room;
         status = bw_parallel_for(n_workers, n_chunks, multiply_many_chunk, p);
     }

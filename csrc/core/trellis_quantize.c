@@ -2,8 +2,8 @@
  * call for, as in gptq.c, but 16 columns at a time.
  *
  * With A = U D UT (factor.h) and T = sum of E[j] U[j][b] over the columns j before block b, the block costs
- * (E[b] + T U[b][b]^-1) S (..)T with S = U[b][b] D[b] U[b][b]T. So it is best chosen near W[b] + T U[b][b]^-1; within it
- * errors are weighed by the diagonal of S, since a path can't look ahead at its own errors. */
+ * (E[b] + T U[b][b]^-1) S (..)T with S = U[b][b] D[b] U[b][b]T. So it is best chosen near W[b] + T U[b][b]^-1; within
+ * it errors are weighed by the diagonal of S, since a path can't look ahead at its own errors. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -20,7 +20,8 @@
 #include "trellis_path.h"
 
 enum { SIDE = BW_TRELLIS_SIDE, ROWS = 32 /* at a time: two rows of tiles, for small matrices to be shared out well */ };
-#define UNITS_A_STEP 48.0f /* of the costs: fine enough for rounding not to matter, coarse enough to reach 4 deviations */
+#define UNITS_A_STEP \
+    48.0f /* of the costs: fine enough for rounding not to matter, coarse enough to reach 4 deviations */
 
 typedef struct {
     const bw_matrix *weight;
@@ -48,7 +49,7 @@ typedef struct {
 
 static ptrdiff_t lay_bench(const trellis_job *job, char *p, bench *b) {
     ptrdiff_t column = ROWS * 4, total = 0, states = (ptrdiff_t)1 << job->out->width;
-    const ptrdiff_t sizes[] = {job->n * column, job->n * column, job->n * column,       job->n * column,
+    const ptrdiff_t sizes[] = {job->n * column, job->n * column, job->n * column,   job->n * column,
                                SIDE * column,   job->n * 4 + 64, SIDE * states * 2, job->path_bytes};
     void **const places[] = {(void **)&b->weight, (void **)&b->errors, (void **)&b->levels, (void **)&b->pull,
                              (void **)&b->base,   (void **)&b->row,    (void **)&b->tables, (void **)&b->path};
@@ -153,8 +154,7 @@ static void round_blocks(const trellis_job *job, ptrdiff_t first, ptrdiff_t n_ro
 
 /* pull = A x of each row, or costs x. */
 static void apply_costs(const trellis_job *job, const float *x, float *pull) {
-    if (job->factor)
-        bw_sgemm(0, 0, job->n, ROWS, job->n, 1, job->factor->hessian, job->n, x, ROWS, 0, pull, ROWS);
+    if (job->factor) bw_sgemm(0, 0, job->n, ROWS, job->n, 1, job->factor->hessian, job->n, x, ROWS, 0, pull, ROWS);
     else
         for (ptrdiff_t k = 0; k < job->n; k++)
             for (ptrdiff_t r = 0; r < ROWS; r++) pull[k * ROWS + r] = job->costs[k] * x[k * ROWS + r];

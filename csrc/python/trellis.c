@@ -47,7 +47,8 @@ static int expect_apart(const bw_view *out, const trellis_views *t) {
 
 const char bw_doc_quantize_trellis[] =
     "quantize_trellis(weight, hessian, bits, width=12, importance=None, damping=0.01, by_activation=True, refit=True)"
-    "\n--\n\nTrellis codes of a (rows, cols) float matrix; bits 1 .. 5 in halves; hessian float32 (cols, cols) or None,\n"
+    "\n--\n\nTrellis codes of a (rows, cols) float matrix; bits 1 .. 5 in halves; hessian float32 (cols, cols) or "
+    "None,\n"
     "then errors count by importance, float32 (cols,) or None.\n\n"
     "Returns ((codes, scales, rates), row_errors float64 (rows,), damping used, dead columns).";
 
@@ -83,8 +84,12 @@ PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssi
     rates = PyArray_SimpleNew(1, &tiles, NPY_UINT8);
     errors = PyArray_ZEROS(1, &rows, NPY_FLOAT64, 0);
     if (!codes || !scales || !rates || !errors) goto done;
-    const bw_trellis out = {PyArray_DATA((PyArrayObject *)codes), PyArray_DATA((PyArrayObject *)scales),
-                            PyArray_DATA((PyArrayObject *)rates), matrix.rows, matrix.cols, (int32_t)width};
+    const bw_trellis out = {PyArray_DATA((PyArrayObject *)codes),
+                            PyArray_DATA((PyArrayObject *)scales),
+                            PyArray_DATA((PyArrayObject *)rates),
+                            matrix.rows,
+                            matrix.cols,
+                            (int32_t)width};
     bw_gptq_report report = {.row_errors = PyArray_DATA((PyArrayObject *)errors)};
     bw_release_gil();
     status = bw_trellis_quantize(&matrix, v[1] != Py_None ? (const float *)hessian.data : NULL,
@@ -92,8 +97,7 @@ PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssi
     bw_take_gil();
     int about_hessian = status == BW_ERR_HESSIAN || status == BW_ERR_FACTOR;
     if (status) bw_raise("quantize_trellis", about_hessian ? "hessian" : "weight", status);
-    else
-        result = Py_BuildValue("((OOO)OdL)", codes, scales, rates, errors, report.damping, (long long)report.n_dead);
+    else result = Py_BuildValue("((OOO)OdL)", codes, scales, rates, errors, report.damping, (long long)report.n_dead);
 done:
     Py_XDECREF(codes);
     Py_XDECREF(scales);
@@ -135,9 +139,10 @@ done:
     return result;
 }
 
-const char bw_doc_matmul_trellis[] = "matmul_trellis(x, codes, scales, rates, width, cols, bias, out, mode=0)\n--\n\n"
-                                     "Write x WT + bias into `out`: x (n, cols), bias (rows,) or None, out (n, rows).\n\n"
-                                     "mode: as in matmul.";
+const char bw_doc_matmul_trellis[] =
+    "matmul_trellis(x, codes, scales, rates, width, cols, bias, out, mode=0)\n--\n\n"
+    "Write x WT + bias into `out`: x (n, cols), bias (rows,) or None, out (n, rows).\n\n"
+    "mode: as in matmul.";
 
 PyObject *bw_py_matmul_trellis(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
@@ -167,7 +172,8 @@ PyObject *bw_py_matmul_trellis(PyObject *module, PyObject *const *args, Py_ssize
         if (bw_view_matrix("bias", &bias, &added) || bw_view_expect_apart("out", &out, "bias", &bias)) goto done;
     }
     bw_release_gil();
-    status = bw_trellis_matmul(&activations, &t.tensor, has_bias ? &added : NULL, (bw_mode)mode, target.dtype, out.data);
+    status =
+        bw_trellis_matmul(&activations, &t.tensor, has_bias ? &added : NULL, (bw_mode)mode, target.dtype, out.data);
     bw_take_gil();
     if (status) bw_raise("matmul_trellis", "codes", status);
     else result = Py_NewRef(Py_None);

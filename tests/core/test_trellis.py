@@ -121,7 +121,10 @@ def test_feedback_lowers_the_error():
     for bits in (2, 2.5, 4):
         with_it = _core.quantize_trellis(weight, hessian, bits)
         without = _core.quantize_trellis(weight, None, bits)
-        cost = [np.einsum("ri,ij,rj->r", e, hessian, e) for e in (weight - dequantize(p[0], 12, 96) for p in (with_it, without))]
+        cost = [
+            np.einsum("ri,ij,rj->r", e, hessian, e)
+            for e in (weight - dequantize(p[0], 12, 96) for p in (with_it, without))
+        ]
         np.testing.assert_allclose(with_it[1], cost[0], rtol=5e-3)
         assert cost[0].sum() < 0.8 * cost[1].sum()
 
@@ -142,7 +145,12 @@ def test_extremes():
 def test_bad_storage():
     codes, scales, rates = _core.quantize_trellis(gaussian(20, 40), None, 3)[0]
     out = np.empty((20, 40), np.float32)
-    for bad in ((codes[:1], scales, rates), (codes, scales, rates[:2]), (codes, scales, rates * 0), (codes, scales, rates + 3)):
+    for bad in (
+        (codes[:1], scales, rates),
+        (codes, scales, rates[:2]),
+        (codes, scales, rates * 0),
+        (codes, scales, rates + 3),
+    ):
         with pytest.raises(ValueError):
             _core.dequantize_trellis(*bad, 12, 40, out)
     for scale in (0, -1, np.inf, np.nan):

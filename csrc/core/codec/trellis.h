@@ -7,9 +7,10 @@
 
 #define BW_TRELLIS_MULTIPLIER 34038481u
 #define BW_TRELLIS_ADDEND 76625530u
-#define BW_TRELLIS_MEAN 510          /* of the sum of four bytes */
-#define BW_TRELLIS_DEVIATION 147.8f  /* of that sum, about: weights of deviation 1 suit steps of its inverse */
-#define BW_TRELLIS_STEP 0.0078125f   /* a scale is worth so much a step, so that small matrices stay above fp16's bottom */
+#define BW_TRELLIS_MEAN 510         /* of the sum of four bytes */
+#define BW_TRELLIS_DEVIATION 147.8f /* of that sum, about: weights of deviation 1 suit steps of its inverse */
+#define BW_TRELLIS_STEP \
+    0.0078125f /* a scale is worth so much a step, so that small matrices stay above fp16's bottom */
 enum { BW_TRELLIS_SIDE = 16, BW_TRELLIS_TILE = 256, BW_TRELLIS_MOST_RATE = 5 };
 enum { BW_TRELLIS_LEAST_WIDTH = 10, BW_TRELLIS_MOST_WIDTH = 16 };
 

@@ -259,16 +259,16 @@ static inline void bw_store16(void *p, bw_w16 x) {
 static inline bw_w16 bw_set16(int x) {
     return (bw_w16){_mm256_set1_epi16((short)x), _mm256_set1_epi16((short)x)};
 }
-#define EACH16(name, op)                                            \
-    static inline bw_w16 name(bw_w16 x, bw_w16 y) {                 \
+#define EACH16(name, op)                                               \
+    static inline bw_w16 name(bw_w16 x, bw_w16 y) {                    \
         return (bw_w16){_mm256_##op(x.a, y.a), _mm256_##op(x.b, y.b)}; \
     }
-EACH16(bw_subs16, subs_epi16)   /* signed, saturating */
-EACH16(bw_adds16, adds_epi16)   /* signed, saturating */
-EACH16(bw_mul16, mulhrs_epi16)  /* x y / 2^15, rounded; 2^15 (seen as unsigned) for both at -2^15 */
-EACH16(bw_addu16, adds_epu16)   /* unsigned, saturating */
-EACH16(bw_minu16, min_epu16)    /* unsigned */
-EACH16(bw_sub16, sub_epi16)     /* modulo 2^16 */
+EACH16(bw_subs16, subs_epi16)  /* signed, saturating */
+EACH16(bw_adds16, adds_epi16)  /* signed, saturating */
+EACH16(bw_mul16, mulhrs_epi16) /* x y / 2^15, rounded; 2^15 (seen as unsigned) for both at -2^15 */
+EACH16(bw_addu16, adds_epu16)  /* unsigned, saturating */
+EACH16(bw_minu16, min_epu16)   /* unsigned */
+EACH16(bw_sub16, sub_epi16)    /* modulo 2^16 */
 #undef EACH16
 /* Lane i = p[i >> rate]; up to 16 numbers are read. */
 static inline bw_w16 bw_repeat16(const uint16_t *p, int rate) {

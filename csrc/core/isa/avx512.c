@@ -255,9 +255,9 @@ static inline bw_w16 bw_sub16(bw_w16 x, bw_w16 y) { /* modulo 2^16 */
 /* Lane i = p[i >> rate]; up to 16 numbers are read. */
 static inline bw_w16 bw_repeat16(const uint16_t *p, int rate) {
     if (rate == 5) return bw_set16(*p);
-    const __m512i lanes = _mm512_set_epi64(0x001f001e001d001c, 0x001b001a00190018, 0x0017001600150014,
-                                           0x0013001200110010, 0x000f000e000d000c, 0x000b000a00090008,
-                                           0x0007000600050004, 0x0003000200010000);
+    const __m512i lanes =
+        _mm512_set_epi64(0x001f001e001d001c, 0x001b001a00190018, 0x0017001600150014, 0x0013001200110010,
+                         0x000f000e000d000c, 0x000b000a00090008, 0x0007000600050004, 0x0003000200010000);
     __m512i index = _mm512_srli_epi16(lanes, (unsigned)rate);
     if (rate == 1)
         return _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p)));

@@ -4,9 +4,9 @@ typedef struct {
     uint16_t v[32];
 } bw_w16;
 
-#define EACH16(expression)                                          \
-    bw_w16 r;                                                       \
-    for (int i = 0; i < 32; i++) r.v[i] = (uint16_t)(expression);   \
+#define EACH16(expression)                                        \
+    bw_w16 r;                                                     \
+    for (int i = 0; i < 32; i++) r.v[i] = (uint16_t)(expression); \
     return r
 
 static inline int32_t saturate16(int32_t x) {

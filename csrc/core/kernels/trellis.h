@@ -33,8 +33,7 @@ static inline __attribute__((always_inline)) void step_path(const int16_t *value
     }
     int lowest = bw_least16(least);
     if (lowest < 16384) return; /* still far from where costs saturate */
-    for (ptrdiff_t u = 0; u < groups; u += 32)
-        bw_store16(after + u, bw_sub16(bw_load16(after + u), bw_set16(lowest)));
+    for (ptrdiff_t u = 0; u < groups; u += 32) bw_store16(after + u, bw_sub16(bw_load16(after + u), bw_set16(lowest)));
 }
 
 static inline __attribute__((always_inline)) void walk_at(const bw_walk *w, int rate) {
@@ -200,8 +199,7 @@ static inline __attribute__((always_inline)) void multiply_trellis(const bw_trel
     for (ptrdiff_t cell = 0; cell * 4 < job->n_tiles; cell++)
         codes = digits ? add_cell(job, codes, cell, windows, tokens, n_tokens, digits, sums)
                        : add_cell_exactly(job, codes, cell, windows, tokens, n_tokens, sums);
-    for (int t = 0; t < n_tokens; t++)
-        bw_store(out + t * BW_TRELLIS_SIDE, bw_mul(sums[t], bw_load(scales)));
+    for (int t = 0; t < n_tokens; t++) bw_store(out + t * BW_TRELLIS_SIDE, bw_mul(sums[t], bw_load(scales)));
 }
 
 /* out (n_tokens, 16) = tokens times the 16 rows of a tile row. */
