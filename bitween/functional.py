@@ -28,7 +28,8 @@ def quantize(
     scheme : Scheme
     method : one of `METHODS`; "rtn" rounds to nearest on each group's range, "clip" on the range of least error;
         "gptq" rounds columns in order, each making up for the errors before it; "gptq+refine" goes on until the
-        error under the hessian stops falling; "signround" then trains rounding and ranges on that error
+        error under the hessian stops falling; "signround" then trains rounding and ranges on that error;
+        "trellis" codes tiles by their best path, for schemes made by `Scheme.trellis`
     importance : float32, float16 or bfloat16, weight's shape or (cols,), >= 0: weight of each squared error;
         where a group has none above 0, its errors count equally
     hessian : Hessian, or float32 (cols, cols): E[x xT] of the layer's inputs
@@ -46,6 +47,10 @@ def quantize(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     if not isinstance(scheme, Scheme):
         raise TypeError(f"scheme: expected a Scheme; got {scheme!r}")
+    if (method == "trellis") != (scheme.coding == "trellis"):
+        raise ValueError(
+            f"method: expected 'trellis' for Scheme.trellis(...), and for no other; got {method!r}, {scheme}"
+        )
     follow_torch()
     weight, importance = (None if t is None else as_input(t) for t in (weight, importance))
     codes, scales, zeros = METHODS[method].round(weight, scheme, importance, hessian)

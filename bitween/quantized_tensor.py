@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitween import _core
+from bitween import _core, trellis
 from bitween._threads import follow_torch
 from bitween.scheme import Scheme
 
@@ -40,6 +40,9 @@ class QuantizedTensor:
     shape : (rows, cols)
 
     The arrays may be NumPy's or torch's; the value of a code q is (q - zero) * scale.
+
+    Of a trellis scheme `codes` is (ceil(rows / 16), bytes of 16 rows), `scales` (rows, 1), and `zeros` holds the rates,
+    bits a weight of each 16 columns, (ceil(cols / 16),); see `bitween.trellis`.
     """
 
     codes: Any
@@ -59,7 +62,7 @@ class QuantizedTensor:
         return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
 
     def unpack_codes(self) -> np.ndarray:
-        """Codes one a byte, uint8 (rows, cols)."""
+        """Codes one a byte, uint8 (rows, cols); a grid's only."""
         return _core.unpack(self.codes, self.shape[1], self.scheme.levels)
 
     def unpack_zeros(self) -> np.ndarray:
@@ -72,7 +75,10 @@ class QuantizedTensor:
         return (stream.reshape(rows, groups, bits) @ (1 << np.arange(bits))).astype(np.float32)
 
     def row_range(self, first: int, last: int) -> QuantizedTensor:
-        """Rows first .. last-1 on the same memory."""
+        """Rows first .. last-1 on the same memory; of a trellis, edges lie at multiples of 16 rows."""
+        if self.scheme.coding == "trellis":
+            codes, scales = trellis.row_range(self.codes, self.scales, first, last)
+            return QuantizedTensor(codes, scales, self.zeros, self.scheme, (last - first, self.shape[1]))
         zeros = None if self.zeros is None else self.zeros[first:last]
         shape = (last - first, self.shape[1])
         return QuantizedTensor(self.codes[first:last], self.scales[first:last], zeros, self.scheme, shape)
@@ -93,7 +99,11 @@ class QuantizedTensor:
         follow_torch()
         if out is None:
             out = _empty(self.shape if rows is None else (len(rows), self.shape[1]), dtype)
-        _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out, rows)
+        if self.scheme.coding == "trellis":
+            parts = self.codes, self.scales, self.zeros, self.scheme.width, self.shape[1]
+            trellis.unpack(*parts, out) if rows is None else trellis.gather_rows(*parts, rows, out)
+        else:
+            _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out, rows)
         return out
 
     def matmul(self, x: Any, bias: Any = None, out: Any = None, mode: str = "exact") -> Any:
@@ -116,6 +126,9 @@ class QuantizedTensor:
         if out is None:
             shape = (*x.shape[:-1], self.shape[0])
             out = x.new_empty(shape) if hasattr(x, "new_empty") else np.empty(shape, x.dtype)
+        if self.scheme.coding == "trellis":
+            trellis.multiply(x, self.codes, self.scales, self.zeros, self.scheme.width, bias, out, mode_number(mode))
+            return out
         if x.ndim > 2:  # folds leading dimensions, with a copy where their strides do not allow a view
             x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         stored = (self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1])

@@ -11,7 +11,7 @@ from bitween._progress import no_progress
 from bitween.model import blocks
 from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.rounding.methods import METHODS, Needs
-from bitween.scheme import Scheme
+from bitween.scheme import BITS, TRELLIS_BITS, Scheme
 
 __all__ = ["Bitween"]
 
@@ -23,7 +23,7 @@ class Bitween:
     ----------
     model : stays as it is; `quantize` returns a new model that shares what is not quantized
     tokenizer : needed for calibrated methods without token windows
-    bits : 1, 1.58, 2, 3, 4, 5, 6 or 8
+    bits : 1, 1.58, 2, 3, 4, 5, 6 or 8; with method="trellis" 1 to 5 in half steps
     group_size : 16, 32, 64, 128 or -1 (whole rows)
     symmetric : without zero points
     embeddings : also quantize the word embedding and the head
@@ -46,7 +46,8 @@ class Bitween:
         seed: int = 0,
         progress: Any = None,
     ):
-        self.scheme = Scheme(bits, group_size, symmetric)
+        halves = bits in TRELLIS_BITS and bits not in BITS  # widths that only a trellis has
+        self.scheme = Scheme.trellis(bits) if halves else Scheme(bits, group_size, symmetric)
         self.model, self.tokenizer = model, tokenizer
         self.embeddings = embeddings
         self.sequence_length, self.calibration_samples, self.seed = sequence_length, calibration_samples, seed
@@ -80,7 +81,11 @@ class Bitween:
         ValueError, TypeError
             More than one way chosen, an unknown method, a missing tokenizer; the model stays untouched.
         """
-        method = _choose(rtn, trainable, method)
+        method = _choose(rtn, trainable, method if method or rtn or trainable else self._own_method())
+        if method == "trellis":
+            self.scheme = Scheme.trellis(self.scheme.bits)
+        elif self.scheme.coding == "trellis":
+            raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
         patterns = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         plan = {layer.name: self.scheme for layer in self._wanted(patterns)}
         from bitween.realise.candidate import Candidate
@@ -98,6 +103,9 @@ class Bitween:
     def get_memory_analysis(self) -> MemoryAnalysis:
         """Bytes before and after the last `quantize`."""
         return self._memory or analyze_memory(self.model)
+
+    def _own_method(self) -> str | None:
+        return "trellis" if self.scheme.coding == "trellis" else None
 
     def _wanted(self, patterns: tuple[str, ...]) -> list[blocks.Layer]:
         ends = {self.layout.embedding.name, self.layout.head.name}

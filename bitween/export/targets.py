@@ -35,15 +35,20 @@ def _vllm(scheme: Scheme) -> bool:
 
 
 def _marlin(scheme: Scheme) -> bool:
-    return scheme.symmetric and scheme.bits in (4, 8) and scheme.group_size in (-1, 32, 64, 128)
+    return (
+        scheme.coding == "grid"
+        and scheme.symmetric
+        and scheme.bits in (4, 8)
+        and scheme.group_size in (-1, 32, 64, 128)
+    )
 
 
 def _gguf(scheme: Scheme) -> bool:
-    return scheme.group_size != 16 and (scheme.symmetric or scheme.levels < 256)
+    return scheme.coding == "grid" and scheme.group_size != 16 and (scheme.symmetric or scheme.levels < 256)
 
 
 def _auto_round(scheme: Scheme) -> bool:
-    return scheme.bits in (2, 3, 4, 5, 6, 8)
+    return scheme.coding == "grid" and scheme.bits in (2, 3, 4, 5, 6, 8)
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, int]) -> bool:

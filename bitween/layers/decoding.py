@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bitween.scheme import Scheme
+from bitween.scheme import TILE, Scheme
 
 __all__ = ["decode"]
 
@@ -21,6 +21,8 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The matrix (rows, cols) in `dtype`, on the device of its parts (meta included)."""
+    if scheme.coding == "trellis":
+        return decode_trellis(codes, scales, zeros, scheme.width, cols, dtype)
     rows, n_groups = scales.shape
     q = unpack_ternary(codes, cols) if scheme.levels == 3 else unpack_dense(codes, cols, _bits(scheme))
     q = q.to(torch.float32)
@@ -51,3 +53,29 @@ def unpack_ternary(packed: torch.Tensor, n: int) -> torch.Tensor:
     place = torch.arange(n, device=packed.device)
     power = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=packed.device)[place % 5]
     return packed.to(torch.int32)[:, place // 5] // power % 3
+
+
+_MULTIPLIER, _OFFSET = 34038481, 76625530  # of the hash that makes a state a value, as in csrc/core/codec/trellis.h
+
+
+def decode_trellis(
+    codes: torch.Tensor, scales: torch.Tensor, rates: torch.Tensor, width: int, cols: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Weights of trellis tiles: the window of `width` bits that ends with a weight's own bits is hashed."""
+    down, rows = codes.shape[0], scales.shape[0]
+    bits = (codes[..., None] >> torch.arange(7, -1, -1, device=codes.device, dtype=torch.uint8) & 1).reshape(down, -1)
+    weights = torch.empty(down, len(rates), TILE, TILE, device=codes.device)  # tile, tile, column, row
+    sizes = [TILE * TILE * rate for rate in rates.tolist()]
+    starts = [sum(sizes[:t]) for t in range(len(sizes))]
+    place = 2 ** torch.arange(width - 1, -1, -1, device=codes.device)
+    for rate in sorted({size // (TILE * TILE) for size in sizes}):
+        tiles = [t for t, size in enumerate(sizes) if size == rate * TILE * TILE]
+        ends = torch.arange(1, TILE * TILE + 1, device=codes.device) * rate
+        window = (ends[:, None] - width + torch.arange(width, device=codes.device)) % (rate * TILE * TILE)
+        first = torch.tensor([starts[t] for t in tiles], device=codes.device)
+        state = (bits[:, first[:, None, None] + window].to(torch.int64) * place).sum(-1)
+        hashed = state * _MULTIPLIER + _OFFSET
+        total = sum(hashed >> shift & 255 for shift in (0, 8, 16, 24)) - 510
+        weights[:, tiles] = total.reshape(down, len(tiles), TILE, TILE).to(torch.float32)
+    matrix = weights.permute(0, 3, 1, 2).reshape(down * TILE, len(rates) * TILE)[:rows, :cols]
+    return (matrix * (scales.to(torch.float32) / 128)).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from bitween import _core
+from bitween import _core, trellis
 from bitween._threads import follow_torch
 from bitween.functional import quantize
 from bitween.layers import tiles
@@ -149,6 +149,12 @@ class QuantizedLinear(Packed):
         bias = None if bias is None else bias.detach()
         if x.dtype is torch.bfloat16 and x.numel() > _core.FEW_TOKENS * self.in_features and tiles.cpu_has_bf16():
             tiles.product(x, self.quantized, bias, out)
+            return out
+        if self.scheme.coding == "trellis":
+            if x.numel() > _core.FEW_TOKENS * self.in_features and x.dtype is not torch.float16:
+                tiles.product(x, self.quantized, bias, out)  # unpacked once for all rows
+            else:
+                trellis.multiply(x, *self._packed(), self.scheme.width, bias, out, self._mode_number)
             return out
         key = self.scheme.key
         _core.matmul(x, *self._packed(), key, self.in_features, bias, out, self._mode_number)

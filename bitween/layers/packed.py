@@ -10,7 +10,7 @@ from torch import nn
 
 from bitween.layers.decoding import decode
 from bitween.quantized_tensor import QuantizedTensor
-from bitween.scheme import Scheme
+from bitween.scheme import TILE, Scheme
 
 __all__ = ["Packed", "empty_stored", "packed_layers"]
 
@@ -78,6 +78,13 @@ class Packed(nn.Module):
 
 def empty_stored(rows: int, cols: int, scheme: Scheme, device: Any) -> QuantizedTensor:
     sizes = scheme.layout(rows, cols)
+    if scheme.coding == "trellis":
+        codes = torch.zeros(-(-rows // TILE), sizes["row_bytes"], dtype=torch.uint8, device=device)
+        scales = torch.ones(rows, 1, dtype=torch.float16, device=device)
+        rates = torch.full((sizes["row_zero_bytes"],), int(scheme.bits), dtype=torch.uint8, device=device)
+        if scheme.bits % 1:  # as many tiles of the higher rate as there are bytes for; which ones, the file says
+            rates[: (len(rates) + 1) // 2] += 1
+        return QuantizedTensor(codes, scales, rates, scheme, (rows, cols))
     codes = torch.zeros(rows, sizes["row_bytes"], dtype=torch.uint8, device=device)
     scales = torch.ones(rows, sizes["n_groups"], dtype=torch.float16, device=device)
     zeros = None if scheme.symmetric else torch.zeros(rows, sizes["row_zero_bytes"], dtype=torch.uint8, device=device)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from bitween.quantized_tensor import QuantizedTensor
+from bitween.scheme import TILE
 
 __all__ = ["cpu_has_bf16", "product", "row_tiles"]
 
@@ -27,6 +28,7 @@ def row_tiles(stored: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[sli
     """(rows, their weights (rows, cols) of `dtype`) over the whole matrix; all tiles are unpacked into one memory."""
     rows, cols = stored.shape
     step = max(1, min(rows, _TILE_WEIGHTS // max(1, cols)))
+    step = min(rows, -(-step // TILE) * TILE)  # whole tiles of a trellis
     tile = torch.empty(step, cols, dtype=dtype, device="cpu")
     for first in range(0, rows, step):
         last = min(first + step, rows)
@@ -38,10 +40,10 @@ def product(x: torch.Tensor, stored: QuantizedTensor, bias: torch.Tensor | None,
 
     Parameters
     ----------
-    x : bfloat16 (..., cols), contiguous
-    stored : QuantizedTensor (rows, cols); its numbers are rounded to bfloat16, sums are float32
+    x : bfloat16 or float32 (..., cols), contiguous
+    stored : QuantizedTensor (rows, cols); its numbers are rounded to x's dtype, sums are float32
     bias : (rows,), optional
-    out : bfloat16 (..., rows), contiguous
+    out : of x's dtype (..., rows), contiguous
     """
     rows, cols = stored.shape
     flat, result = x.detach().view(-1, cols), out.view(-1, rows)

@@ -49,6 +49,8 @@ def _in_one_call(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> bool:
         return False
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
+    if any(layer.scheme.coding == "trellis" for layer in layers):
+        return False
     wanted = [x, *(layer.bias for layer in layers if layer.bias is not None)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted):
         return False

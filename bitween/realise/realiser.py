@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -172,16 +172,26 @@ class Realiser:
 
     def _method_of(self, scheme: Scheme) -> str:
         """Refinement and training, the slow parts, are left to the widths below 5 bits, which do most of the damage."""
+        if scheme.coding == "trellis":
+            return "trellis"
         if scheme.bits >= 8:
             return "rtn"
         return "gptq" if scheme.bits >= 5 and self.method in ("gptq+refine", "signround") else self.method
+
+    def _columns(self, layer: blocks.Layer, method: str) -> Any:
+        """The importance of a layer's weights; a trellis takes that of columns."""
+        found = self.importance.get(layer.name)
+        if found is None or method != "trellis" or np.ndim(found) == 1:
+            return found
+        return np.asarray(found, np.float32).mean(0)
 
     def _quantize(self, layer: blocks.Layer, scheme: Scheme, hessian: bitween.Hessian | None) -> None:
         method = self._method_of(scheme)
         if method == "rtn":
             tensor = bitween.quantize(layer.weight, scheme)
         elif hessian is None or hessian.tokens == 0:  # an embedding, or an expert that the text never reached
-            tensor = bitween.quantize(layer.weight, scheme, method="clip", importance=self.importance.get(layer.name))
+            without = method if method == "trellis" else "clip"
+            tensor = bitween.quantize(layer.weight, scheme, method=without, importance=self._columns(layer, without))
         else:
             tensor = bitween.quantize(layer.weight, scheme, method=method, hessian=hessian)
         self.candidate.put(layer, tensor)

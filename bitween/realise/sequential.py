@@ -28,6 +28,7 @@ from bitween.rounding.gptq import SHARE, SWEEPS, gptq
 from bitween.rounding.hessian import Hessian
 from bitween.rounding.methods import METHODS, Needs
 from bitween.rounding.signround import STEPS
+from bitween.rounding.trellis import trellis
 from bitween.scheme import Scheme
 
 __all__ = ["LayerResult", "SequentialQuantizer", "put_numbers"]
@@ -358,11 +359,15 @@ class SequentialQuantizer:
         if method == "rtn":
             return [(quantize(layer.weight, scheme), method, None, None) for layer in stack]
         if hessian is None or not hessian.tokens:
-            return [(quantize(layer.weight, scheme, method="clip"), "clip", None, None) for layer in stack]
+            without = method if method == "trellis" else "clip"
+            return [(quantize(layer.weight, scheme, method=without), without, None, None) for layer in stack]
         if method == "clip":
             importance = np.ascontiguousarray(np.diagonal(hessian.matrix()))
             clipped = (quantize(x.weight, scheme, method=method, importance=importance) for x in stack)
             return [(tensor, method, None, None) for tensor in clipped]
+        if method == "trellis":
+            coded = (trellis(x.weight, scheme, hessian, damping=self.damping, share=self.share) for x in stack)
+            return [(found.quantized, method, float(found.row_errors.sum()), None) for found in coded]
         weight = stack[0].weight if len(stack) == 1 else torch.cat([layer.weight for layer in stack])
         sweeps = 0 if method == "gptq" else self.sweeps
         found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping, share=self.share)

@@ -95,19 +95,24 @@ def gptq(
     follow_torch()
     weight = as_input(weight)
     if isinstance(hessian, Hessian):
-        if hessian.tokens < hessian.columns:
-            warnings.warn(
-                f"hessian: {hessian.tokens} tokens for {hessian.columns} columns; damping decides the rest",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        moments = hessian
-        hessian = moments.matrix()
-        if moments.has_cross and share:
-            weight, _ = _core.align(weight, hessian, moments.cross(), share, _ALIGNING)
+        weight, hessian = moved(weight, hessian, share)
     stored, row_errors, used, dead = _core.quantize_gptq(
         weight, as_input(hessian), scheme.key, damping, sweeps, tolerance, by_activation
     )
     if used > damping:
         warnings.warn(f"hessian: not positive with damping {damping:g}; took {used:g}", RuntimeWarning, stacklevel=2)
     return GptqResult(QuantizedTensor(*stored, scheme, tuple(weight.shape)), row_errors, used, dead, weight)
+
+
+def moved(weight: Any, hessian: Hessian, share: float) -> tuple[Any, np.ndarray]:
+    """The target, moved towards what the untouched model's inputs call for (GPTAQ), and the matrix of moments."""
+    if hessian.tokens < hessian.columns:
+        warnings.warn(
+            f"hessian: {hessian.tokens} tokens for {hessian.columns} columns; damping decides the rest",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    matrix = hessian.matrix()
+    if hessian.has_cross and share:
+        weight, _ = _core.align(weight, matrix, hessian.cross(), share, _ALIGNING)
+    return weight, matrix

@@ -27,6 +27,8 @@ def supports(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why the format cannot hold a (rows, cols) matrix under a scheme; None when it can."""
     if scheme.bits not in COMMON_BITS:
         return f"{scheme.bits:g} bits; it holds 2, 3, 4, 5, 6 and 8"
+    if scheme.coding == "trellis":
+        return "trellis codes, which only bitween reads"
     if not scheme.symmetric:
         return "asymmetric; its readers in use load symmetric only"
     if scheme.group_size != -1 and shape[1] % scheme.group_size:

@@ -233,6 +233,13 @@ def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> Non
         return
     if scales.numel() and not bool(((scales > 0) & torch.isfinite(scales)).all()):
         raise CheckpointError("expected scales that are finite and above 0", tensor=f"{name}.scales")
+    if module.scheme.coding == "trellis":
+        rates = module.zeros.to(torch.int64)
+        if rates.numel() and not bool(
+            ((rates >= 1) & (rates <= 5)).all() and 32 * rates.sum() == module.codes.shape[1]
+        ):
+            raise CheckpointError("expected rates of 1 to 5 bits that fill the codes", tensor=f"{name}.zeros")
+        return
     if module.scheme.levels == 3 and module.codes.numel():
         if int(module.codes.max()) > 242:
             raise CheckpointError("expected five ternary digits a byte, at most 242", tensor=f"{name}.codes")

@@ -1,0 +1,80 @@
+"""Trellis schemes through the package: sizes, a second decoder, products, rounding of a model, saving, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bitween
+from bitween import Bitween, Scheme
+from bitween.layers import packed_layers
+from bitween.layers.decoding import decode
+from bitween.scheme import TRELLIS_BITS
+
+
+def weights(rows=100, cols=200):
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_stored_tiles_are_what_a_second_decoder_reads(bits):
+    weight, scheme = weights(), Scheme.trellis(bits)
+    stored = bitween.quantize(weight, scheme, method="trellis")
+    assert stored.nbytes == scheme.nbytes(*weight.shape)
+    values = stored.dequantize(torch.float32)
+    parts = [torch.as_tensor(part) for part in (stored.codes, stored.scales, stored.zeros)]
+    assert torch.equal(values, decode(*parts, scheme, weight.shape[1]))
+    assert Scheme.parse(str(scheme)) == scheme
+    rows = torch.tensor([3, 99, 17, 3])
+    assert torch.equal(stored.dequantize(torch.float32, rows=rows), values[rows])
+    part = stored.row_range(16, 64).dequantize(torch.float32)
+    assert torch.equal(part, values[16:64])
+    x = torch.randn(2, 3, 200)
+    torch.testing.assert_close(stored.matmul(x), x @ values.T, atol=1e-4, rtol=1e-4)
+
+
+def test_half_the_error_of_a_grid_at_equal_bits():
+    weight = weights(128, 512)
+    for bits, most in ((2, 0.080), (3, 0.022), (4, 0.0060)):
+        coded = bitween.quantize(weight, Scheme.trellis(bits), method="trellis").dequantize(torch.float32)
+        error = ((coded - weight) ** 2).mean().item()
+        grid = bitween.quantize(weight, Scheme(bits, -1, True), method="clip").dequantize(torch.float32)
+        assert error < most
+        assert error < 0.75 * ((grid - weight) ** 2).mean().item()
+
+
+@pytest.mark.parametrize("bits", [2, 2.5])
+def test_a_model_loses_less_than_with_gptq_and_comes_back_from_disk(bits, tiny_model, tiny_tokenizer, tmp_path):
+    options = {"group_size": 64, "calibration_samples": 12}
+    packed = Bitween(tiny_model, tiny_tokenizer, bits=bits, **options).quantize(method="trellis")
+    grid = Bitween(tiny_model, tiny_tokenizer, bits=2, **options).quantize(method="gptq+refine")
+    ids = torch.arange(3, 67)[None]
+    with torch.no_grad():
+        reference = tiny_model(ids).logits.float()
+        losses = [float(bitween.kl_divergence(reference, m(ids).logits.float()).mean()) for m in (packed, grid)]
+        assert losses[0] < losses[1]
+        assert {module.scheme for _, module in packed_layers(packed)} == {Scheme.trellis(bits)}
+        bitween.save_model(packed, None, tmp_path / "saved")
+        wanted = packed(ids).logits
+        assert torch.equal(bitween.load_model(tmp_path / "saved")[0](ids).logits, wanted)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert torch.equal(loaded(ids).logits, wanted)
+
+
+def test_bad_input():
+    weight = weights(32, 64)
+    with pytest.raises(ValueError, match="bits: expected 1 to 5 in half steps"):
+        Scheme.trellis(2.25)
+    with pytest.raises(ValueError, match="width: expected 10 to 16"):
+        Scheme.trellis(2, 9)
+    with pytest.raises(ValueError, match="method: expected 'trellis' for a trellis scheme"):
+        bitween.quantize(weight, Scheme.trellis(3))
+    with pytest.raises(ValueError, match="method: expected 'trellis' for a trellis scheme"):
+        bitween.quantize(weight, Scheme(3), method="trellis")
+    with pytest.raises(ValueError, match="coding: expected"):
+        Scheme(3, coding="lattice")
+    with pytest.raises(ValueError, match="edges of tiles"):
+        bitween.quantize(weight, Scheme.trellis(3), method="trellis").row_range(3, 20)
+    for matrix in (np.zeros((32, 64), np.float32), np.full((32, 64), 1e-30, np.float32)):
+        stored = bitween.quantize(matrix, Scheme.trellis(3), method="trellis")
+        assert np.abs(stored.dequantize()).max() < 1e-4
