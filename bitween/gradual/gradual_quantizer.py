@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitween._progress import Progress, no_progress
+from bitween._recording import outside_inference_mode
 from bitween.export.targets import find_target
 from bitween.gradual.importance_analyzer import ImportanceAnalyzer
 from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
@@ -24,6 +25,7 @@ from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
 from bitween.gradual.scores.fisher import candidate_schemes, to_items
 from bitween.gradual.utils import budget_nats, check_at_least, check_share
 from bitween.model import blocks
+from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext
@@ -86,6 +88,7 @@ class GradualQuantizer:
         At once, before any work, naming the argument; InfeasibleTarget when no scheme reaches the memory target.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: Any,
@@ -143,11 +146,13 @@ class GradualQuantizer:
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
-        self.layout = blocks.inspect(model)
+        check_own_weights(model)
+        self.layout = blocks.inspect(shared_copy(model))  # the user's own modules may run elsewhere meanwhile
         blocks.check_finite(model)
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
+        check_attachments(model, [x for x in self.layout.layers if not self.sizes.ignored(x)])
         self.sizes.check_reach()
         self.memory_need = self._need()
         self._report: QuantizationReport | None = None
@@ -155,6 +160,7 @@ class GradualQuantizer:
 
     # ---- public ----------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def quantize(self) -> Any:
         """Quantize; returns the new model. The model given stays untouched, also when this fails.
 
@@ -162,6 +168,8 @@ class GradualQuantizer:
         ------
         JournalError, JournalMismatch
             The journal can't be used, or is of a run with other inputs; the message says what differs.
+        RuntimeError
+            The model to be delivered computes something else than the one that was measured.
         """
         started = time.monotonic()
         self.memory_need.warn()
@@ -190,7 +198,7 @@ class GradualQuantizer:
                 prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
-        model = optimizer.candidate.install(self.sizes.dtype)
+        model = optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1])
         self._seconds["total"] = time.monotonic() - started
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
@@ -198,6 +206,7 @@ class GradualQuantizer:
         model.bitween_report = self._report
         return model
 
+    @outside_inference_mode
     def plan(self) -> tuple[Frontier, Plan]:
         """What `quantize` would begin with, predicted from curvature alone; no layer is quantized.
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from bitween.layers import tiles
-from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts
+from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
-__all__ = ["Block", "BlockRunner", "Context", "Kept", "Layer", "ModelLayout", "check_finite", "inspect"]
+__all__ = ["Block", "BlockRunner", "Context", "Kept", "Layer", "ModelLayout", "check_finite", "inspect", "kind_of"]
 
 _PROBE_TOKENS = 8
 
