@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from bitween._progress import no_progress
 from bitween._recording import outside_inference_mode
 from bitween.model import blocks
@@ -130,9 +128,9 @@ class Bitween:
     def _calibrated(self, base: Any, plan: dict[str, Scheme], method: str, calibration_data: Any) -> tuple[Any, Any]:
         from bitween.realise.context import RunContext
         from bitween.realise.realiser import Realiser
+        from bitween.text.sources import checked
 
-        if self.tokenizer is None and not isinstance(calibration_data, torch.Tensor):
-            raise TypeError(f"tokenizer: expected a tokenizer, since {method} needs text; got None")
+        calibration_data = checked(calibration_data, self.tokenizer)
         context = RunContext.build(
             base,
             self.tokenizer,

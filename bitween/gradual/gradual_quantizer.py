@@ -28,9 +28,11 @@ from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.realise.candidate import shared_copy
-from bitween.realise.context import RunContext
+from bitween.realise.context import RunContext, cut_text
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.text import sources
+from bitween.text.calibration import Splits
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
@@ -58,8 +60,9 @@ class GradualQuantizer:
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
         never loosened.
     calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most
-    calibration_data : path, list of strings, (windows, length) token ids, name of a dataset; default the
-        text that comes with bitween
+    calibration_data : path, text, list of strings, (windows, length) token ids, name of a data set, or a data set,
+        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); default the text that comes
+        with bitween
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
@@ -132,11 +135,7 @@ class GradualQuantizer:
             raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {on_conflict!r}")
         if transforms not in ("auto", "none"):
             raise ValueError(f'transforms: expected "auto" or "none"; got {transforms!r}')
-        if tokenizer is None and not isinstance(calibration_data, torch.Tensor):
-            raise TypeError(
-                "tokenizer: expected a tokenizer, since calibration_data is no tensor of token ids; got None"
-            )
-        self.calibration_data, self.on_conflict = calibration_data, on_conflict
+        self.calibration_data, self.on_conflict = sources.checked(calibration_data, tokenizer), on_conflict
         self.target, self.method, self.transforms = find_target(export_target), method, transforms
         self.seed, self.progress = int(seed), progress
         self.journal, self.resume = journal, resume
@@ -173,8 +172,9 @@ class GradualQuantizer:
         """
         started = time.monotonic()
         self.memory_need.warn()
+        text = self._timed("text", self._cut_text)  # first: what is wrong with it is known before any work
         base, transforms = self._prepare()
-        context = self._timed("text", lambda: self._build_context(base))
+        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
             scores, moment, importance = self._analyze(base, context, recorder)
@@ -215,8 +215,9 @@ class GradualQuantizer:
         The frontier, which answers any other target of the same model at once (`within_bytes`, `within_damage`; its
         bytes are those of the layers), and the plan of least damage at the memory target.
         """
+        text = self._timed("text", self._cut_text)
         base, _ = self._prepare()
-        context = self._timed("text", lambda: self._build_context(base))
+        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
         )
@@ -284,16 +285,16 @@ class GradualQuantizer:
         report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
-    def _build_context(self, base: Any) -> RunContext:
-        return RunContext.build(
-            base,
+    def _cut_text(self) -> Splits:
+        return cut_text(
+            self.model,
+            self.layout,
             self.tokenizer,
             calibration_data=self.calibration_data,
             calibration_samples=self.calibration_samples,
             evaluation_samples=self.evaluation_samples,
             length=self.sequence_length,
             seed=self.seed,
-            progress=self.progress,
         )
 
     def _open_journal(self, context: RunContext) -> NullJournal:
