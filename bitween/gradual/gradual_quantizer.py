@@ -16,6 +16,7 @@ from bitween.export.targets import find_target
 from bitween.gradual.importance_analyzer import ImportanceAnalyzer
 from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
 from bitween.gradual.journal.recorded import PlanSteps, Recorder
+from bitween.gradual.options import check_options
 from bitween.gradual.plan.descent import Descent, Stage
 from bitween.gradual.plan.items import Plan
 from bitween.gradual.plan.memory_need import MemoryNeed, need_within
@@ -23,7 +24,7 @@ from bitween.gradual.plan.planner import Frontier, frontier, uniform_plans
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
 from bitween.gradual.scores.fisher import candidate_schemes, to_items
-from bitween.gradual.utils import budget_nats, check_at_least, check_share
+from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
@@ -37,7 +38,6 @@ from bitween.text.calibration import Splits
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
 PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
-ON_CONFLICT = ("quality", "memory", "error")
 
 
 class BudgetConflict(ValueError):
@@ -122,26 +122,29 @@ class GradualQuantizer:
         resume: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.target_memory_reduction = check_share("target_memory_reduction", target_memory_reduction)
-        self.max_perplexity_increase = check_share("max_perplexity_increase", max_perplexity_increase)
-        self.confidence = check_share("confidence", confidence)
-        self.safety_multiplier = check_at_least("safety_multiplier", safety_multiplier, 1.0)
-        self.calibration_samples = int(check_at_least("calibration_samples", calibration_samples, 1))
-        self.evaluation_samples = int(check_at_least("evaluation_samples", evaluation_samples, 1))
-        self.sequence_length = int(check_at_least("sequence_length", sequence_length, 8))
-        self.stages = int(check_at_least("stages", stages, 1))
-        self.distillation_steps = int(check_at_least("distillation_steps", distillation_steps, 0))
-        if on_conflict not in ON_CONFLICT:
-            raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {on_conflict!r}")
-        if transforms not in ("auto", "none"):
-            raise ValueError(f'transforms: expected "auto" or "none"; got {transforms!r}')
-        self.calibration_data, self.on_conflict = sources.checked(calibration_data, tokenizer), on_conflict
-        self.target, self.method, self.transforms = find_target(export_target), method, transforms
-        self.seed, self.progress = int(seed), progress
+        checked = check_options(
+            target_memory_reduction=target_memory_reduction,
+            max_perplexity_increase=max_perplexity_increase,
+            confidence=confidence,
+            safety_multiplier=safety_multiplier,
+            calibration_samples=calibration_samples,
+            evaluation_samples=evaluation_samples,
+            sequence_length=sequence_length,
+            stages=stages,
+            distillation_steps=distillation_steps,
+            on_conflict=on_conflict,
+            export_target=export_target,
+            transforms=transforms,
+            max_memory=max_memory,
+            ignore_layers=ignore_layers,
+            seed=seed,
+        )
+        self.target = find_target(checked.pop("export_target"))
+        vars(self).update(checked)
+        self.calibration_data = sources.checked(calibration_data, tokenizer)
+        self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
-        self.max_memory = None if max_memory is None else int(check_at_least("max_memory", max_memory, 1))
         self.measure_importance, self.certify = importance, certify
-        self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")

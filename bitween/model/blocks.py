@@ -162,6 +162,9 @@ class BlockRunner:
         `products` overrides the runner's own choice for this one product; bfloat16 products round the
         logits themselves to bfloat16.
         """
+        weight = self._replay.head._parameters.get("weight")  # none where it is packed, which takes any input
+        if weight is not None and (products or self.products) == "fp32":
+            final = final.to(weight.dtype)  # differences of states come in float32, heads may be in half precision
         with self._quiet(grad), self._arithmetic(products):
             raw = self._replay.head(final)
         return self.after_head(raw, grad=grad)

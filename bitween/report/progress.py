@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ProgressBars"]
+__all__ = ["ProgressBars", "Story"]
 
 
 class ProgressBars:
@@ -33,3 +33,7 @@ class ProgressBars:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Story(ProgressBars):
+    """Bars that vanish when their stage is done."""
