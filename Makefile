@@ -34,6 +34,7 @@ lint: $(VENV)/lint.stamp $(VENV)/bitween.stamp  ## check the style of Python and
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m mypy.stubtest bitween._core --mypy-config-file pyproject.toml
 
 format: $(VENV)/lint.stamp  ## apply that style

@@ -81,6 +81,32 @@ def quantize_gptq(
     tolerance: float = 0.001,
     by_activation: bool = False,
 ) -> tuple[_Stored, NDArray[np.float64], float, int]: ...
+def quantize_trellis(
+    weight: _Tensor,
+    hessian: _Tensor | None,
+    bits: float,
+    width: int = 12,
+    importance: _Tensor | None = None,
+    damping: float = 0.01,
+    by_activation: bool = True,
+    refit: bool = True,
+) -> tuple[
+    tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]], NDArray[np.float64], float, int
+]: ...  # codes, scales, rates
+def dequantize_trellis(
+    codes: _Tensor, scales: _Tensor, rates: _Tensor, width: int, cols: int, out: _Tensor, first: int = 0
+) -> None: ...
+def matmul_trellis(
+    x: _Tensor,
+    codes: _Tensor,
+    scales: _Tensor,
+    rates: _Tensor,
+    width: int,
+    cols: int,
+    bias: _Tensor | None,
+    out: _Tensor,
+    mode: int = 0,
+) -> None: ...
 def layout(scheme: _Scheme, rows: int, cols: int) -> dict[str, int]: ...
 def info() -> dict[str, Any]: ...
 def set_isa(name: str | None = None) -> None: ...

@@ -20,7 +20,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_are_there(page):
-    """Paths in backticks, as `docs/design.md` or `bitween/layers/packed_layers.py`."""
+    """Paths in backticks, as `docs/design.md` or `bitween/layers/packed.py`."""
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:bitween|benchmarks|csrc|docs|examples|tests)/[\w./-]+)`", text)
     made_up = ("bitween/_lib", "NAME")  # by the build; by whoever adds a file

@@ -13,17 +13,18 @@ import torch
 from bitween._progress import Progress, no_progress
 from bitween._recording import outside_inference_mode
 from bitween.export.targets import find_target
+from bitween.gradual.descent import Descent, Stage
 from bitween.gradual.importance_analyzer import ImportanceAnalyzer
 from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
 from bitween.gradual.journal.recorded import PlanSteps, Recorder
 from bitween.gradual.options import check_options
-from bitween.gradual.plan.descent import Descent, Stage
+from bitween.gradual.plan.candidates import to_items
 from bitween.gradual.plan.items import Plan
 from bitween.gradual.plan.memory_need import MemoryNeed, need_within
 from bitween.gradual.plan.planner import Frontier, frontier, uniform_plans
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
-from bitween.gradual.scores.fisher import candidate_schemes, to_items
+from bitween.gradual.scores.fisher import candidate_schemes
 from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights

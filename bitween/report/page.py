@@ -13,7 +13,7 @@ from bitween.report import plots
 
 __all__ = ["page", "picture"]
 
-_DATA = Path(__file__).parent / "data"
+_HERE = Path(__file__).parent
 
 
 def page(report: dict[str, Any], title: str = "Quantization report") -> str:
@@ -42,7 +42,7 @@ def page(report: dict[str, Any], title: str = "Quantization report") -> str:
         _layers(report),
         _facts(report),
     ]
-    style, script = ((_DATA / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -218,6 +218,51 @@ bw_status bw_train_forward(const bw_rounding *rounding, float *values);
 bw_status bw_train_backward(const bw_rounding *rounding, const float *grad, float *into_offset, float *into_low,
                             float *into_high);
 
+/* ---- trellis.c ---- */
+/* A matrix in trellis codes. Tiles of 16 x 16 weights, zeros beyond its edges, one column after the other: 256 weights,
+ * each `rate` bits of a ring of 256 * rate bits, counted from the top of each byte. A weight's state is the `width`
+ * bits that end with its own; hashed (codec/trellis.h), it is a whole number n within 510, and the weight n / 128 *
+ * scale. */
+typedef struct {
+    uint8_t *codes;   /* (ceil(rows / 16), row_bytes): the tiles of 16 rows, from left to right, 32 * rate bytes each */
+    uint16_t *scales; /* fp16 (rows), > 0 */
+    uint8_t *rates;   /* (ceil(cols / 16)): bits a weight in those columns, 1 .. 5 */
+    ptrdiff_t rows, cols;
+    int32_t width; /* of a state: 10 .. 16 bits */
+} bw_trellis;
+
+typedef struct {
+    ptrdiff_t row_tiles, col_tiles;
+    ptrdiff_t row_bytes; /* codes of 16 rows */
+    ptrdiff_t n_bytes;   /* codes + scales + rates */
+} bw_trellis_layout;
+
+/* Sizes; BW_ERR_CODE when a rate is not 1 .. 5. */
+bw_status bw_trellis_sizes(const uint8_t *rates, ptrdiff_t rows, ptrdiff_t cols, int32_t width,
+                           bw_trellis_layout *layout);
+bw_status bw_check_trellis(const bw_trellis *tensor, bw_trellis_layout *layout);
+/* out (n, cols) contiguous of `dtype` = rows first .. first+n-1. BW_ERR_SCALE; BW_ERR_INDEX when there are fewer. */
+bw_status bw_trellis_dequantize(const bw_trellis *tensor, ptrdiff_t first, ptrdiff_t n, bw_dtype dtype, void *out);
+/* As bw_matmul. Modes count for at most BW_FEW_TOKENS, and cells are 64 columns. */
+bw_status bw_trellis_matmul(const bw_matrix *x, const bw_trellis *weight, const bw_matrix *bias, bw_mode mode,
+                            bw_dtype dtype, void *out);
+
+/* ---- trellis_quantize.c ---- */
+typedef struct {
+    double damping;    /* as in bw_gptq_options */
+    int32_t half_bits; /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
+    int32_t by_activation; /* 1: the 16 columns of most mean activation first */
+    int32_t refit;         /* 1: scales by least squares at the end */
+} bw_trellis_options;
+
+/* Fills codes, scales and rates. out->codes has room for row_tiles * bw_trellis_row_bytes. hessian as for GPTQ, or
+ * NULL, then errors count by importance, one number a column, or NULL for equal ones. BW_ERR_RANGE when a row needs a
+ * scale beyond fp16. */
+bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, const float *importance,
+                              const bw_trellis_options *options, const bw_trellis *out, bw_gptq_report *report);
+/* Bytes of 16 rows at twice a mean rate; 0 when it is none. */
+ptrdiff_t bw_trellis_row_bytes(ptrdiff_t cols, int32_t half_bits);
+
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */
 bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed);

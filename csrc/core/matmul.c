@@ -6,18 +6,6 @@
 #include "cpu.h"
 #include "scheme.h"
 
-enum { FINISH_ROWS = 64 };
-
-void bw_finish_token(const bw_product *p, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums) {
-    float bias[FINISH_ROWS];
-    if (p->bias) {
-        bw_cpu()->load_row(p->bias, 0, row, n, bias);
-        for (ptrdiff_t r = 0; r < n; r++) sums[r] += bias[r];
-    }
-    ptrdiff_t size = p->dtype == BW_F32 ? 4 : 2;
-    bw_cpu()->store(sums, n, p->dtype, p->out + (token * p->weight->rows + row) * size);
-}
-
 static bw_status check(bw_product *p) {
     bw_status status = bw_check_matrix(p->x);
     if (!status) status = bw_check_quantized(p->weight, &p->layout);
@@ -35,10 +23,10 @@ static bw_status check(bw_product *p) {
 /* The sum over no columns. */
 static void store_bias(const bw_product *p) {
     for (ptrdiff_t t = 0; t < p->x->rows; t++)
-        for (ptrdiff_t row = 0; row < p->weight->rows; row += FINISH_ROWS) {
-            float sums[FINISH_ROWS] = {0};
+        for (ptrdiff_t row = 0; row < p->weight->rows; row += BW_FINISH_ROWS) {
+            float sums[BW_FINISH_ROWS] = {0};
             ptrdiff_t left = p->weight->rows - row;
-            bw_finish_token(p, t, row, left < FINISH_ROWS ? left : FINISH_ROWS, sums);
+            bw_finish_token(p, t, row, left < BW_FINISH_ROWS ? left : BW_FINISH_ROWS, sums);
         }
 }
 

@@ -22,7 +22,10 @@ static inline ptrdiff_t bw_least(ptrdiff_t a, ptrdiff_t b) {
     return a < b ? a : b;
 }
 
-/* Adds the bias to sums of rows row .. row+n-1 and stores them as token `token` of the output. At most 64 rows. */
+/* Rows that one call of bw_finish_token takes at most. */
+enum { BW_FINISH_ROWS = 64 };
+
+/* Adds the bias to sums of rows row .. row+n-1 and stores them as token `token` of the output. */
 void bw_finish_token(const bw_product *product, ptrdiff_t token, ptrdiff_t row, ptrdiff_t n, float *sums);
 
 #endif

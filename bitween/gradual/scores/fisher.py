@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 import bitween
-from bitween.gradual.plan.items import Item, Option
 from bitween.gradual.scores.curvature import LayerCurvature
 from bitween.model import blocks
 from bitween.scheme import Scheme
 
-__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layers", "to_items"]
+__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layers"]
 
 KEEP = None  # the key of "leave this layer as it is"
 _SAMPLED_WEIGHTS = 1 << 16  # of one layer: errors of thousands of groups are known to a percent
@@ -109,17 +108,3 @@ def _sample_rows(weights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     taken = np.minimum(np.searchsorted(np.cumsum(weights), places), len(weights) - 1)
     rows, times = np.unique(taken, return_counts=True)
     return rows, times * (total / n)
-
-
-def to_items(scores: dict[str, LayerScores], *, keep: bool = True) -> list[Item]:
-    """One planner item a layer: every scheme, and with `keep` the layer as it is at no damage."""
-    items = []
-    for score in scores.values():
-        options = [
-            Option(scheme, int(size), float(damage))
-            for scheme, size, damage in zip(score.schemes, score.nbytes, score.damage, strict=True)
-        ]
-        if keep:
-            options.append(Option(KEEP, score.keep_nbytes, 0.0))
-        items.append(Item(score.name, tuple(options)))
-    return items

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../codec/trellis.h"
 #include "../float16.h"
 #include "../kernels/table.h"
 #include "../scheme.h"
@@ -241,6 +242,112 @@ static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
         sums[i] = _mm256_madd_epi16(codes.v[i], _mm256_loadu_si256((const __m256i *)record + i));
     return (bw_vf){_mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1])),
                    _mm256_cvtepi32_ps(_mm256_add_epi32(sums[2], sums[3]))};
+}
+
+/* 32 whole numbers of 16 bits, for the search of trellis paths: signed for values, unsigned for costs. */
+typedef struct {
+    __m256i a, b;
+} bw_w16;
+
+static inline bw_w16 bw_load16(const void *p) {
+    return (bw_w16){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
+}
+static inline void bw_store16(void *p, bw_w16 x) {
+    _mm256_storeu_si256((__m256i *)p, x.a);
+    _mm256_storeu_si256((__m256i *)p + 1, x.b);
+}
+static inline bw_w16 bw_set16(int x) {
+    return (bw_w16){_mm256_set1_epi16((short)x), _mm256_set1_epi16((short)x)};
+}
+#define EACH16(name, op)                                               \
+    static inline bw_w16 name(bw_w16 x, bw_w16 y) {                    \
+        return (bw_w16){_mm256_##op(x.a, y.a), _mm256_##op(x.b, y.b)}; \
+    }
+EACH16(bw_subs16, subs_epi16)  /* signed, saturating */
+EACH16(bw_adds16, adds_epi16)  /* signed, saturating */
+EACH16(bw_mul16, mulhrs_epi16) /* x y / 2^15, rounded; 2^15 (seen as unsigned) for both at -2^15 */
+EACH16(bw_addu16, adds_epu16)  /* unsigned, saturating */
+EACH16(bw_minu16, min_epu16)   /* unsigned */
+EACH16(bw_sub16, sub_epi16)    /* modulo 2^16 */
+#undef EACH16
+/* Lane i = p[i >> rate]; up to 16 numbers are read. */
+static inline bw_w16 bw_repeat16(const uint16_t *p, int rate) {
+    if (rate == 5) return bw_set16(*p);
+    if (rate == 4) return (bw_w16){_mm256_set1_epi16((short)p[0]), _mm256_set1_epi16((short)p[1])};
+    const __m256i lanes = _mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m256i index = _mm256_mullo_epi16(_mm256_srli_epi16(lanes, rate), _mm256_set1_epi16(0x0202));
+    index = _mm256_add_epi16(index, _mm256_set1_epi16(0x0100));
+    return (bw_w16){_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(p, 0)), index),
+                    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(p + (16 >> rate), 0)), index)};
+}
+static inline int bw_least16(bw_w16 x) {
+    __m256i y = _mm256_min_epu16(x.a, x.b);
+    __m128i z = _mm_min_epu16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    return _mm_cvtsi128_si32(_mm_minpos_epu16(z)) & 0xffff;
+}
+
+/* Sixteen states of a trellis at once, one a row of a column; a hash is four bytes a lane. */
+typedef struct {
+    __m256i a, b;
+} bw_hash;
+typedef struct {
+    __m256i pick[2], shift[2], mask;
+} bw_windows;
+
+/* The window of row r ends rate * (15 - r) bits before the end of the column's bytes, which count from the top. */
+static inline bw_windows bw_read_windows(int rate, int width) {
+    bw_windows w = {.mask = _mm256_set1_epi32((1 << width) - 1)};
+    for (int h = 0; h < 2; h++) {
+        uint8_t pick[32];
+        int32_t shift[8];
+        for (int r = 0; r < 8; r++) {
+            int below = rate * (15 - r - 8 * h);
+            shift[r] = below & 7;
+            for (int b = 0; b < 4; b++) pick[4 * r + b] = (uint8_t)(15 - below / 8 - b);
+        }
+        w.pick[h] = _mm256_loadu_si256((const __m256i *)pick);
+        w.shift[h] = _mm256_loadu_si256((const __m256i *)shift);
+    }
+    return w;
+}
+/* From the 16 bytes before `end`. */
+static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
+    const __m256i multiplier = _mm256_set1_epi32((int)BW_TRELLIS_MULTIPLIER),
+                  addend = _mm256_set1_epi32((int)BW_TRELLIS_ADDEND);
+    __m256i bytes = _mm256_broadcastsi128_si256(load_half(end - 16, 0));
+    __m256i a = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, w->pick[0]), w->shift[0]);
+    __m256i b = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, w->pick[1]), w->shift[1]);
+    a = _mm256_mullo_epi32(_mm256_and_si256(a, w->mask), multiplier);
+    b = _mm256_mullo_epi32(_mm256_and_si256(b, w->mask), multiplier);
+    return (bw_hash){_mm256_add_epi32(a, addend), _mm256_add_epi32(b, addend)};
+}
+/* Sums in whole numbers of 32 bits. */
+typedef struct {
+    __m256i a, b;
+} bw_w32;
+enum { DIGIT_PLANES = 1 }; /* numbers of 16 bits are taken whole */
+
+static inline bw_w32 bw_set32(int32_t x) {
+    return (bw_w32){_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
+static inline bw_vf bw_float32(bw_w32 x) {
+    return (bw_vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+}
+static inline bw_w32 bw_join32(bw_w32 high, bw_w32 low) {
+    (void)low;
+    return high;
+}
+/* A whole number as bw_dot_hash takes it; plane 0 is the upper digit where there are two. */
+static inline int32_t bw_digit(int32_t n, int digits, int plane) {
+    (void)digits, (void)plane;
+    return (int32_t)((uint32_t)(n & 0xffff) * 0x10001u);
+}
+/* sum + (sum of the hash's bytes) * x */
+static inline bw_w32 bw_dot_hash(bw_w32 sum, bw_hash hash, int32_t x) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    __m256i factor = _mm256_set1_epi32(x);
+    return (bw_w32){_mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(hash.a, ones), factor)),
+                    _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(hash.b, ones), factor))};
 }
 
 #include "eights.h"

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../codec/trellis.h"
 #include "../float16.h"
 #include "../kernels/table.h"
 #include "../scheme.h"
@@ -219,6 +220,101 @@ static inline bw_vf bw_dot(bw_codes codes, const char *record, int digits) {
     __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(record));
     if (digits == 2) sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), codes, _mm512_loadu_si512(record + 64));
     return _mm512_cvtepi32_ps(sum);
+}
+
+/* 32 whole numbers of 16 bits, for the search of trellis paths: signed for values, unsigned for costs. */
+typedef __m512i bw_w16;
+
+static inline bw_w16 bw_load16(const void *p) {
+    return _mm512_loadu_si512(p);
+}
+static inline void bw_store16(void *p, bw_w16 x) {
+    _mm512_storeu_si512(p, x);
+}
+static inline bw_w16 bw_set16(int x) {
+    return _mm512_set1_epi16((short)x);
+}
+static inline bw_w16 bw_subs16(bw_w16 x, bw_w16 y) { /* signed, saturating */
+    return _mm512_subs_epi16(x, y);
+}
+static inline bw_w16 bw_adds16(bw_w16 x, bw_w16 y) { /* signed, saturating */
+    return _mm512_adds_epi16(x, y);
+}
+static inline bw_w16 bw_mul16(bw_w16 x, bw_w16 y) { /* x y / 2^15, rounded; 2^15 (unsigned) for both at -2^15 */
+    return _mm512_mulhrs_epi16(x, y);
+}
+static inline bw_w16 bw_addu16(bw_w16 x, bw_w16 y) { /* unsigned, saturating */
+    return _mm512_adds_epu16(x, y);
+}
+static inline bw_w16 bw_minu16(bw_w16 x, bw_w16 y) {
+    return _mm512_min_epu16(x, y);
+}
+static inline bw_w16 bw_sub16(bw_w16 x, bw_w16 y) { /* modulo 2^16 */
+    return _mm512_sub_epi16(x, y);
+}
+/* Lane i = p[i >> rate]; up to 16 numbers are read. */
+static inline bw_w16 bw_repeat16(const uint16_t *p, int rate) {
+    if (rate == 5) return bw_set16(*p);
+    const __m512i lanes =
+        _mm512_set_epi64(0x001f001e001d001c, 0x001b001a00190018, 0x0017001600150014, 0x0013001200110010,
+                         0x000f000e000d000c, 0x000b000a00090008, 0x0007000600050004, 0x0003000200010000);
+    __m512i index = _mm512_srli_epi16(lanes, (unsigned)rate);
+    if (rate == 1)
+        return _mm512_permutexvar_epi16(index, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p)));
+    index = _mm512_add_epi16(_mm512_mullo_epi16(index, _mm512_set1_epi16(0x0202)), _mm512_set1_epi16(0x0100));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)), index);
+}
+static inline int bw_least16(bw_w16 x) {
+    __m256i y = _mm256_min_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    __m128i z = _mm_min_epu16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    return _mm_cvtsi128_si32(_mm_minpos_epu16(z)) & 0xffff;
+}
+
+/* Sixteen states of a trellis at once, one a row of a column; a hash is four bytes a lane. */
+typedef __m512i bw_hash;
+typedef struct {
+    __m512i pick, shift, mask;
+} bw_windows;
+
+/* The window of row r ends rate * (15 - r) bits before the end of the column's bytes, which count from the top. */
+static inline bw_windows bw_read_windows(int rate, int width) {
+    uint8_t pick[64];
+    int32_t shift[16];
+    for (int r = 0; r < 16; r++) {
+        int below = rate * (15 - r);
+        shift[r] = below & 7;
+        for (int b = 0; b < 4; b++) pick[4 * r + b] = (uint8_t)(15 - below / 8 - b);
+    }
+    return (bw_windows){_mm512_loadu_si512(pick), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << width) - 1)};
+}
+/* From the 16 bytes before `end`. */
+static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
+    __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(end - 16)));
+    __m512i states = _mm512_and_si512(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, w->pick), w->shift), w->mask);
+    __m512i product = _mm512_mullo_epi32(states, _mm512_set1_epi32((int)BW_TRELLIS_MULTIPLIER));
+    return _mm512_add_epi32(product, _mm512_set1_epi32((int)BW_TRELLIS_ADDEND));
+}
+/* Sums in whole numbers of 32 bits. */
+typedef __m512i bw_w32;
+enum { DIGIT_PLANES = 2 }; /* numbers of 16 bits are taken byte by byte */
+
+static inline bw_w32 bw_set32(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+static inline bw_vf bw_float32(bw_w32 x) {
+    return _mm512_cvtepi32_ps(x);
+}
+static inline bw_w32 bw_join32(bw_w32 high, bw_w32 low) {
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
+/* A whole number as bw_dot_hash takes it; plane 0 is the upper digit where there are two. */
+static inline int32_t bw_digit(int32_t n, int digits, int plane) {
+    int32_t digit = digits == 2 && plane == 0 ? (n + 128) >> 8 : n;
+    return (int32_t)((uint32_t)(digit & 255) * 0x01010101u);
+}
+/* sum + (sum of the hash's bytes) * x */
+static inline bw_w32 bw_dot_hash(bw_w32 sum, bw_hash hash, int32_t x) {
+    return _mm512_dpbusd_epi32(sum, hash, _mm512_set1_epi32(x));
 }
 
 #include "../kernels/all.h"

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../codec/trellis.h"
 #include "../float16.h"
 #include "../kernels/table.h"
 #include "../scheme.h"
@@ -119,6 +120,7 @@ static inline float bw_reduce_max(bw_vf x) {
 }
 
 #include "units.h"
+#include "paths.h"
 #include "eights.h"
 #include "../kernels/all.h"
 

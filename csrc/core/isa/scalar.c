@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../codec/trellis.h"
 #include "../float16.h"
 #include "../kernels/table.h"
 #include "../scheme.h"
@@ -106,6 +107,7 @@ static inline float bw_reduce_max(bw_vf a) {
 }
 
 #include "units.h"
+#include "paths.h"
 #include "eights.h"
 #include "../kernels/all.h"
 

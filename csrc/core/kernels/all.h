@@ -9,6 +9,7 @@
 #include "signround.h"
 #include "loss.h"
 #include "product.h"
+#include "trellis.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported) \
     {                                               \
@@ -40,4 +41,9 @@
         .block_kl = block_kl,                       \
         .prepare_token = prepare_token,             \
         .multiply_rows = multiply_rows,             \
+        .trellis_walk = trellis_walk,               \
+        .trellis_values = trellis_values,           \
+        .trellis_decode = trellis_decode,           \
+        .trellis_token = trellis_token,             \
+        .trellis_multiply = trellis_multiply,       \
     }

@@ -52,6 +52,27 @@ typedef struct {
 /* Rows that one call of multiply_rows may work on, and the stride of its sums. */
 enum { BW_FEW_ROWS = 64 };
 
+/* A walk along n weights of a tile's sequence, which is a ring, from weight `first` on. values: tables of all states,
+ * one for each of the 16 columns; x: the weights, in the same units. costs: (n + 1) rows of a cost a group, `stride`
+ * apart, of which the first is given and the others are filled; 16 more may be read. */
+typedef struct {
+    int width, rate, first, n;
+    const int16_t *values[16];
+    const int16_t *x;
+    uint16_t *costs;
+    ptrdiff_t stride;
+} bw_walk;
+
+/* A product of a trellis matrix with a few tokens. */
+typedef struct {
+    const uint8_t *codes, *rates;
+    ptrdiff_t n_tiles, row_bytes; /* in a row of tiles */
+    ptrdiff_t padded;             /* columns, in whole cells of 64 */
+    ptrdiff_t token_bytes;
+    const char *tokens; /* digits 0: fp32; otherwise as trellis_token makes them */
+    int width, digits;
+} bw_trellis_few;
+
 typedef struct {
     const char *name;
     int rank;               /* higher is preferred */
@@ -112,6 +133,15 @@ typedef struct {
     void (*prepare_token)(const bw_few *job, const float *x, char *token);
     bw_status (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
                                float *out);
+
+    /* kernels/trellis.h, where each is explained. */
+    void (*trellis_walk)(const bw_walk *walk);
+    void (*trellis_values)(const int16_t *values, ptrdiff_t n, int factor, int16_t *out);
+    void (*trellis_decode)(const uint8_t *codes, const uint8_t *rates, ptrdiff_t n_tiles, int width, int at_start,
+                           const float *scales, float *out, ptrdiff_t stride);
+    void (*trellis_token)(const bw_trellis_few *job, const float *x, char *token);
+    void (*trellis_multiply)(const bw_trellis_few *job, ptrdiff_t row_tile, ptrdiff_t n_tokens, const float *scales,
+                             float *out);
 
     /* kernels/signround.h: one row; low, high and their gradients one value a group. */
     void (*train_forward)(const float *w, const float *offset, const float *low, const float *high, ptrdiff_t cols,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bitween.gradual.plan.descent import Descent
+from bitween.gradual.descent import Descent
 from bitween.gradual.plan.items import Item, Option
 from bitween.gradual.plan.planner import frontier
 

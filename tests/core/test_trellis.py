@@ -1,0 +1,162 @@
+"""Trellis codes against a plain decoder, the best tail-biting path, float64 products, and bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bitween import _core
+
+ISAS = _core.info()["isas"]
+BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    _core.set_isa(None)
+    _core.set_num_threads(1)
+
+
+def values_of(states):
+    h = (states.astype(np.uint64) * 34038481 + 76625530).astype(np.uint32)
+    return sum((h >> shift & 255).astype(int) for shift in (0, 8, 16, 24)) - 510
+
+
+def decode(codes, scales, rates, width, cols):
+    """Bit by bit."""
+    rows = len(scales)
+    out = np.zeros((codes.shape[0] * 16, len(rates) * 16))
+    for i, row in enumerate(codes):
+        at = 0
+        for j, rate in enumerate(map(int, rates)):
+            bits = np.unpackbits(row[at : at + 32 * rate])
+            at += 32 * rate
+            ends = rate * (np.arange(256) + 1)
+            window = bits[(ends[:, None] - width + np.arange(width)) % len(bits)]
+            states = window.astype(int) @ (1 << np.arange(width - 1, -1, -1))
+            out[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] = values_of(states).reshape(16, 16).T
+    return out[:rows, :cols] / 128 * scales.astype(float)[:, None]
+
+
+def gaussian(rows, cols, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+def dequantize(parts, width, cols):
+    out = np.empty((len(parts[1]), cols), np.float32)
+    _core.dequantize_trellis(*parts, width, cols, out)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("rows", "cols", "width"), [(33, 70, 12), (1, 1, 10), (16, 129, 16)])
+def test_decoding_and_products(isa, bits, rows, cols, width):
+    weight, x = gaussian(rows, cols), gaussian(21, cols, 1)
+    parts = _core.quantize_trellis(weight, None, bits, width)[0]
+    _core.set_isa(isa)
+    expected = decode(*parts, width, cols)
+    np.testing.assert_array_equal(dequantize(parts, width, cols), expected)
+    for n, mode, bound in ((1, 0, 1e-5), (5, 0, 1e-5), (6, 1, 0.03), (5, 2, 2e-4), (21, 0, 1e-5)):
+        reference = x[:n].astype(float) @ expected.T
+        found = {}
+        for threads in (1, 2, 8):
+            _core.set_num_threads(threads)
+            out = np.empty((n, rows), np.float32)
+            _core.matmul_trellis(x[:n], *parts, width, cols, None, out, mode)
+            found[out.tobytes()] = out
+        assert len(found) == 1
+        scale = np.abs(x[:n]).max() * np.abs(expected).max() * np.sqrt(cols)
+        assert np.abs(out - reference).max() <= bound * scale
+
+
+def test_bytes_depend_on_neither_threads_nor_set():
+    weight, inputs = gaussian(50, 75), gaussian(200, 75, 1)
+    hessian = inputs.T @ inputs / 200
+    found = set()
+    for isa in ISAS:
+        for threads in (1, 2, 8):
+            _core.set_isa(isa)
+            _core.set_num_threads(threads)
+            found.add(b"".join(p.tobytes() for p in _core.quantize_trellis(weight, hessian, 2.5)[0]))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(1, 0.285), (2, 0.0755), (3, 0.0202), (4, 0.0056), (5, 0.0027)])
+def test_gaussian_error(bits, bound):
+    weight = gaussian(64, 512)
+    parts, errors, _, _ = _core.quantize_trellis(weight, None, bits)
+    error = ((weight - dequantize(parts, 12, 512)) ** 2).mean()
+    assert error < bound
+    assert errors.sum() == pytest.approx(error * weight.size, rel=1e-3)
+
+
+def best_ring(x, values, rate, width):
+    """The least cost over all tail-biting paths: one search for each group that the seam may have, all at once."""
+    groups = 1 << (width - rate)
+    costs = np.where(np.eye(groups, dtype=bool), 0.0, np.inf)  # (seam, group)
+    for weight in x:
+        total = np.repeat(costs, 1 << rate, axis=1) + (weight - values) ** 2
+        costs = total.reshape(groups, 1 << rate, groups).min(1)
+    return np.diag(costs).min()
+
+
+@pytest.mark.parametrize("rate", [2, 3, 4])
+def test_paths_are_near_the_best(rate):
+    width, found, best = 10, 0.0, 0.0
+    for seed in range(2):
+        tile = gaussian(16, 16, seed)
+        parts = _core.quantize_trellis(tile, None, rate, width, refit=False)[0]
+        step = parts[1].astype(float)[:, None] / 128
+        ours = dequantize(parts, width, 16)
+        found += (((tile - ours) / step) ** 2).sum()
+        best += best_ring((tile / step).T.ravel(), values_of(np.arange(1 << width)), rate, width)
+    assert best * (1 - 1e-9) <= found <= 1.01 * best
+
+
+def test_feedback_lowers_the_error():
+    weight, inputs = gaussian(48, 96), gaussian(300, 96, 1) @ gaussian(96, 96, 2)
+    hessian = inputs.T @ inputs / 300
+    for bits in (2, 2.5, 4):
+        with_it = _core.quantize_trellis(weight, hessian, bits)
+        without = _core.quantize_trellis(weight, None, bits)
+        cost = [
+            np.einsum("ri,ij,rj->r", e, hessian, e)
+            for e in (weight - dequantize(p[0], 12, 96) for p in (with_it, without))
+        ]
+        np.testing.assert_allclose(with_it[1], cost[0], rtol=5e-3)
+        assert cost[0].sum() < 0.8 * cost[1].sum()
+
+
+def test_extremes():
+    for weight in (np.zeros((20, 40)), np.full((20, 40), 1e-30), np.eye(20, 40)):
+        error = np.abs(dequantize(_core.quantize_trellis(weight.astype(np.float32), None, 3)[0], 12, 40) - weight)
+        assert error.max() <= max(4 * 2.0**-24, np.abs(weight).max())
+    with pytest.raises(ValueError, match="fp16"):
+        _core.quantize_trellis(np.full((2, 20), 1e30, np.float32), None, 3)
+    with pytest.raises(ValueError, match="finite"):
+        _core.quantize_trellis(np.full((2, 20), np.nan, np.float32), None, 3)
+    for bits, width in ((0.5, 12), (5.5, 12), (2.2, 12), (3, 9), (3, 17)):
+        with pytest.raises(ValueError):
+            _core.quantize_trellis(gaussian(2, 20), None, bits, width)
+
+
+def test_bad_storage():
+    codes, scales, rates = _core.quantize_trellis(gaussian(20, 40), None, 3)[0]
+    out = np.empty((20, 40), np.float32)
+    for bad in (
+        (codes[:1], scales, rates),
+        (codes, scales, rates[:2]),
+        (codes, scales, rates * 0),
+        (codes, scales, rates + 3),
+    ):
+        with pytest.raises(ValueError):
+            _core.dequantize_trellis(*bad, 12, 40, out)
+    for scale in (0, -1, np.inf, np.nan):
+        wrong = scales.copy()
+        wrong[7] = scale
+        with pytest.raises(ValueError, match="scales"):
+            _core.dequantize_trellis(codes, wrong, rates, 12, 40, out)
+        with pytest.raises(ValueError, match="scales"):
+            _core.matmul_trellis(np.ones((1, 40), np.float32), codes, wrong, rates, 12, 40, None, out[:1, :20].copy())
