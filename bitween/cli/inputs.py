@@ -17,6 +17,7 @@ __all__ = [
     "check_unquantized",
     "compare",
     "load",
+    "natural",
     "show",
 ]
 
@@ -129,3 +130,8 @@ def show(values: dict, as_json: bool) -> None:
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         typer.echo(f"{name:18s} {shown}")
+
+
+def natural(name: str) -> list:
+    """Sorts layers as people count: 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

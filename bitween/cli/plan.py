@@ -7,7 +7,7 @@ import json
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_dtype, check_model, check_text, check_unquantized, load
+from bitween.cli.inputs import check_dtype, check_model, check_text, check_unquantized, load, natural
 from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
 
 
@@ -46,7 +46,7 @@ def plan(
     loaded, tokenizer = load(model, dtype, trust_remote_code)
     quantizer = GradualQuantizer(loaded, tokenizer, calibration_data=calibration_data, progress=Story(), **options)
     front, chosen = quantizer.plan()
-    schemes = {name: "kept" if scheme is None else str(scheme) for name, scheme in chosen.schemes.items()}
+    schemes = {name: str(chosen.schemes[name] or "kept") for name in sorted(chosen.schemes, key=natural)}
     if as_json:
         found = {"plan": schemes, "nbytes": chosen.nbytes, "damage": chosen.damage, "frontier": front.points()}
         typer.echo(json.dumps(found, indent=1))

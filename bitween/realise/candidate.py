@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bitween.model import blocks
+from bitween.model.memory import stored_again
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise import delivery
 
@@ -18,10 +19,15 @@ __all__ = ["Candidate", "shared_copy"]
 def shared_copy(model: Any) -> Any:
     """A model of its own modules in the very memory of `model`; giving it other weights leaves `model` alone.
 
+    A head that repeats the embedding number by number in memory of its own is tied to it in the copy.
+
     Quantizers work on such copies only, so that a model may run, or be quantized a second time, in another thread.
     """
+    parameters = {id(p): torch.nn.Parameter(_recordable(p.detach()), p.requires_grad) for p in model.parameters()}
+    if (again := stored_again(model)) is not None:  # it is quantized once, as it is counted once
+        parameters[id(again)] = parameters[id(model.get_input_embeddings().weight)]
     memo: dict[int, Any] = {id(t): _recordable(t.detach()) for t in model.buffers()}
-    memo |= {id(p): torch.nn.Parameter(_recordable(p.detach()), p.requires_grad) for p in model.parameters()}
+    memo |= parameters
     return copy.deepcopy(model, memo)
 
 
