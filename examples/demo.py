@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
 from bitween.gradual import GradualQuantizer
-from bitween.report.progress import ProgressBars
+from bitween.report.progress import Story
 
 PROMPT = "The most important thing about a good night's sleep is"
 
@@ -34,7 +34,7 @@ def main(model_dir: str, output_dir: str) -> None:
         evaluation_samples=96,
         stages=2,
         distillation_steps=0,
-        progress=ProgressBars(),
+        progress=Story(),
     )
     quantized = quantizer.quantize()
     report = quantizer.get_quantization_report()

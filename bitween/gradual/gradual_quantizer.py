@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitween._progress import Progress, no_progress
+from bitween._progress import Progress, no_progress, tell
 from bitween._recording import outside_inference_mode
 from bitween.export.targets import find_target
 from bitween.gradual.descent import Descent, Stage
@@ -31,6 +31,7 @@ from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext, cut_text
+from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
 from bitween.text import sources
@@ -176,11 +177,15 @@ class GradualQuantizer:
         """
         started = time.monotonic()
         self.memory_need.warn()
+        self._tell(story.begin, self.layout, self.sizes, self.max_perplexity_increase, self.budget)
         text = self._timed("text", self._cut_text)  # first: what is wrong with it is known before any work
+        self._tell(story.text, text)
         base, transforms = self._prepare()
+        self._tell(story.transformed, transforms)
         context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
+            self._tell(story.analysis, len(self.schemes))
             scores, moment, importance = self._analyze(base, context, recorder)
             optimizer = PrecisionOptimizer(
                 base,
@@ -208,6 +213,7 @@ class GradualQuantizer:
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
         model.bitween_report = self._report
+        self._tell(story.delivered, self._report.memory, conflict)
         return model
 
     @outside_inference_mode
@@ -334,7 +340,9 @@ class GradualQuantizer:
 
     def _realiser(self, optimizer: PrecisionOptimizer, recorder: Recorder):
         def realise(name: str, plan: Plan) -> Realisation:
+            self._tell(story.attempt, name, plan.nbytes, plan.damage, self.budget)
             found = optimizer.realise(plan.schemes, stage=name, recorder=recorder)
+            self._tell(story.result, found.measurement, self.max_perplexity_increase)
             recorder.decision(f"stage {name}", {"nbytes": plan.nbytes, "damage": str(found.measurement.damage)})
             return found
 
@@ -383,7 +391,9 @@ class GradualQuantizer:
             return chosen
         realisation = optimizer.distill(chosen.realisation, self.distillation_steps, recorder)
         stage = descent.add(f"{chosen.name}, distilled", realisation, chosen)
-        return stage if stage.accepted >= chosen.accepted and stage.damage < chosen.damage else chosen
+        better = stage.accepted >= chosen.accepted and stage.damage < chosen.damage
+        self._tell(story.distilled, chosen.damage, stage.damage, better)
+        return stage if better else chosen
 
     def _prove(
         self,
@@ -402,12 +412,14 @@ class GradualQuantizer:
         accepted, last = None, None
         for stage in sequence:
             optimizer.restore(stage.realisation)
+            self._tell(story.proving, stage.nbytes, len(optimizer.context.text.certification))
             last = optimizer.evaluator.certify(
                 optimizer.runner,
                 self.max_perplexity_increase,
                 confidence=self.confidence,
                 keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
             )
+            self._tell(story.proof, last)
             if last.verdict != "accepted":
                 break
             accepted = stage, last
@@ -456,6 +468,9 @@ class GradualQuantizer:
             uniform=uniform,
             seconds=dict(self._seconds),
         )
+
+    def _tell(self, sentence: Any, *facts: Any) -> None:
+        tell(self.progress, sentence(*facts))
 
     def _timed(self, name: str, work):
         started = time.monotonic()
