@@ -257,3 +257,20 @@ def test_two_quantizers_and_a_running_model_in_threads(tiny_model, tiny_tokenize
     alone = quantize(0)
     for state in (first, second):
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.items())
+
+
+@pytest.mark.parametrize("transforms", ["auto", "none"])
+def test_a_head_that_repeats_the_embedding_is_planned_as_one_that_is_tied(tiny_model, tiny_tokenizer, transforms):
+    """Bytes asked for and bytes delivered are those of what is needed, whether the ends part on the way or not."""
+    from bitween.model.memory import model_bytes
+
+    tiny_model.lm_head.weight = nn.Parameter(tiny_model.model.embed_tokens.weight.detach().clone())
+    options = {**FAST, "transforms": transforms, "certify": False, "distillation_steps": 0}
+    quantizer = GradualQuantizer(tiny_model, tiny_tokenizer, 0.5, 0.9, **options)
+    made = quantizer.quantize()
+    report = quantizer.get_quantization_report()
+    assert report.memory.original_total == model_bytes(tiny_model)
+    assert report.memory.total == model_bytes(made) <= 0.5 * model_bytes(tiny_model)
+    ends = made.get_input_embeddings(), made.get_output_embeddings()
+    table, head = ((end.codes if hasattr(end, "codes") else end.weight).data_ptr() for end in ends)
+    assert made.config.tie_word_embeddings == (table == head)
