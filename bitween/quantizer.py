@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from bitween._progress import no_progress
+from bitween._recording import outside_inference_mode
 from bitween.model import blocks
+from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import BITS, TRELLIS_BITS, Scheme
@@ -32,6 +32,7 @@ class Bitween:
     seed : of everything random
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: Any,
@@ -52,10 +53,12 @@ class Bitween:
         self.embeddings = embeddings
         self.sequence_length, self.calibration_samples, self.seed = sequence_length, calibration_samples, seed
         self.progress = progress
-        self.layout = blocks.inspect(model)
+        check_own_weights(model)
+        self.layout = blocks.inspect(_copy(model))
         blocks.check_finite(model)
         self._memory: MemoryAnalysis | None = None
 
+    @outside_inference_mode
     def quantize(
         self,
         rtn: bool = False,
@@ -79,7 +82,10 @@ class Bitween:
         Raises
         ------
         ValueError, TypeError
-            More than one way chosen, an unknown method, a missing tokenizer; the model stays untouched.
+            More than one way chosen, an unknown method, a missing tokenizer, hooks or a `forward` of their own on
+            layers to be replaced; the model stays untouched.
+        RuntimeError
+            The packed layers compute something else than the plain numbers did.
         """
         method = _choose(rtn, trainable, method if method or rtn or trainable else self._own_method())
         if method == "trellis":
@@ -87,16 +93,19 @@ class Bitween:
         elif self.scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
         patterns = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
-        plan = {layer.name: self.scheme for layer in self._wanted(patterns)}
         from bitween.realise.candidate import Candidate
 
-        dtype = self.layout.embedding.module.weight.dtype
+        base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
+        self.layout = blocks.inspect(base)
+        wanted = self._wanted(patterns)
+        check_attachments(self.model, wanted)
+        plan, ids = {layer.name: self.scheme for layer in wanted}, None
         if METHODS[method].needs < Needs.HESSIAN:
-            candidate = Candidate(self.model, self.layout)
+            candidate = Candidate(base, self.layout)
             self._direct(candidate, plan, method)
         else:
-            candidate = self._calibrated(plan, method, calibration_data)
-        model = candidate.install(dtype)
+            candidate, ids = self._calibrated(base, plan, method, calibration_data)
+        model = candidate.install(self.layout.embedding.module.weight.dtype, ids)
         self._memory = analyze_memory(model, self.model)
         return model
 
@@ -124,14 +133,14 @@ class Bitween:
             if self.progress:
                 self.progress(f"{method} {self.scheme}", done + 1, len(self.layout.layers), layer.name)
 
-    def _calibrated(self, plan: dict[str, Scheme], method: str, calibration_data: Any) -> Any:
+    def _calibrated(self, base: Any, plan: dict[str, Scheme], method: str, calibration_data: Any) -> tuple[Any, Any]:
         from bitween.realise.context import RunContext
         from bitween.realise.realiser import Realiser
+        from bitween.text.sources import checked
 
-        if self.tokenizer is None and not isinstance(calibration_data, torch.Tensor):
-            raise TypeError(f"tokenizer: expected a tokenizer, since {method} needs text; got None")
+        calibration_data = checked(calibration_data, self.tokenizer)
         context = RunContext.build(
-            self.model,
+            base,
             self.tokenizer,
             calibration_data=calibration_data,
             calibration_samples=self.calibration_samples,
@@ -142,7 +151,13 @@ class Bitween:
         )
         realiser = Realiser(context, method=method, progress=self.progress or no_progress)
         realiser.realise(plan, stage=f"{method} {self.scheme}")
-        return realiser.candidate
+        return realiser.candidate, context.text.selection.ids[:1]
+
+
+def _copy(model: Any) -> Any:
+    from bitween.realise.candidate import shared_copy
+
+    return shared_copy(getattr(model, "_orig_mod", model))
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:

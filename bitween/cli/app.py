@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 an error in the input or while working, told in one line; 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -17,7 +18,23 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The best mixed-precision language model within a memory target and a perplexity budget, with the proof.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut the names of options where a terminal has 80 columns
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from bitween import __version__
+
+        typer.echo(f"bitween {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main() -> None:

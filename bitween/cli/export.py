@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_output, compare, load, show
+from bitween.cli.inputs import check_at_least, check_output, compare, load, show
 from bitween.cli.options import Json
 
 
@@ -25,8 +25,9 @@ def export(
     """Write a quantized model for other tools."""
     if format not in _FORMATS:
         raise ValueError(f"--format: expected one of {', '.join(_FORMATS)}; got {format!r}")
+    check_at_least("--samples", samples, 0)
     if format != "gguf":
-        check_output(output)
+        output = check_output(output)
     loaded, tokenizer = load(str(model), "auto")
     done = _FORMATS[format](loaded, tokenizer, output, exact=exact, template=template, samples=samples)
     show({"format": format, "output": str(output), **done}, as_json)

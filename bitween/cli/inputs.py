@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import typer
 
-__all__ = ["check_output", "compare", "load", "show"]
+__all__ = [
+    "check_at_least",
+    "check_dtype",
+    "check_model",
+    "check_output",
+    "check_text",
+    "check_unquantized",
+    "compare",
+    "load",
+    "natural",
+    "show",
+]
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def compare(candidate, base, tokenizer, text: str | None, samples: int):
@@ -18,8 +33,13 @@ def compare(candidate, base, tokenizer, text: str | None, samples: int):
     return evaluator.comprehensive_evaluation(candidate)
 
 
-def load(name: str, dtype: str):
-    """Model and tokenizer. What bitween, GPTQ, AWQ or AutoRound wrote becomes packed layers, GGUF plain numbers."""
+def load(name: str, dtype: str, trust: bool = False):
+    """Model and tokenizer. What bitween, GPTQ, AWQ or AutoRound wrote becomes packed layers, GGUF plain numbers.
+
+    Code that comes with a model is run with `trust` only; nothing is ever asked on standard input.
+    """
+    check_dtype(dtype)
+    check_model(name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,19 +47,80 @@ def load(name: str, dtype: str):
 
     if is_packed(Path(name)):
         return load_model(name)
-    kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if kind is None:
-        raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got {dtype!r}")
-    place, options = (name, {})
+    place, options = name, {"trust_remote_code": trust}
     if name.endswith(".gguf"):
-        place, options = str(Path(name).parent), {"gguf_file": Path(name).name}
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
-    return model, AutoTokenizer.from_pretrained(place, **options)
+        place, options["gguf_file"] = str(Path(name).parent), Path(name).name
+    try:
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
+        return model, AutoTokenizer.from_pretrained(place, **options)
+    except ValueError as error:
+        if trust or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model: {name} comes with code of its own, which is not run unasked: read it, then give "
+            "--trust-remote-code"
+        ) from error
 
 
-def check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+
+
+def check_model(name: str) -> None:
+    """What is no directory, file or name on the hub is told before anything is loaded."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"model: expected the directory of a Hugging Face model; {name} has no config.json")
+        return
+    if path.is_file() and path.suffix == ".gguf":
+        return
+    if path.exists():
+        raise ValueError(f"model: expected a directory, a .gguf file or a name on the hub; {name} is a file")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".gguf"):
+        raise FileNotFoundError(f"model: expected a directory or a name on the hub; {name} does not exist")
+
+
+def check_unquantized(name: str) -> None:
+    """ValueError where the model is quantized already: there is nothing full to compare with."""
+    config = Path(name).expanduser() / "config.json"
+    if not config.is_file():
+        return
+    from bitween.store.checkpoint import read_json
+
+    settings = read_json(config).get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "an unknown tool") if isinstance(settings, dict) else "an unknown tool"
+        raise ValueError(
+            f"model: expected a model in full precision; {name} is quantized already ({method}): give the model it "
+            "was made from"
+        )
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least:g}; got {value:g}")
+
+
+def check_text(text: str | None) -> None:
+    from bitween.text.sources import checked
+
+    checked(text, tokenizer="there will be one")
+
+
+def check_output(output: Path) -> Path:
+    """The directory to write, links followed; refused at once where it could not be put in place as a whole."""
+    real = output.expanduser().resolve()
+    if real == Path.cwd():
+        raise ValueError(
+            f"--output: expected a directory that is put in place as a whole; got {output}, where this command runs: "
+            "name a new one in it"
+        )
+    if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise FileExistsError(f"--output: expected a new or empty directory; {output} exists and is not empty")
+    return real
 
 
 def show(values: dict, as_json: bool) -> None:
@@ -49,3 +130,8 @@ def show(values: dict, as_json: bool) -> None:
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         typer.echo(f"{name:18s} {shown}")
+
+
+def natural(name: str) -> list:
+    """Sorts layers as people count: 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -7,8 +7,8 @@ import json
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import load
-from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text
+from bitween.cli.inputs import check_dtype, check_model, check_text, check_unquantized, load, natural
+from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
 
 
 @app.command()
@@ -20,29 +20,33 @@ def plan(
     ignore_layer: Ignored = None,
     export_target: For = "any",
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
     seed: Seed = 0,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
     """Predict the trade-off between size and damage, and the scheme of each layer at a target; quantizes nothing."""
-    from bitween.gradual import GradualQuantizer
-    from bitween.gradual.utils import perplexity_increase
-    from bitween.report.progress import ProgressBars
+    check_dtype(dtype)
+    from bitween.gradual.options import check_options
 
-    loaded, tokenizer = load(model, dtype)
-    quantizer = GradualQuantizer(
-        loaded,
-        tokenizer,
-        target_memory_reduction,
-        calibration_data=calibration_data,
+    options = check_options(
+        target_memory_reduction=target_memory_reduction,
         calibration_samples=calibration_samples,
         ignore_layers=ignore_layer or (),
         export_target=export_target,
         seed=seed,
-        progress=ProgressBars(),
     )
+    check_text(calibration_data)
+    check_model(model)
+    check_unquantized(model)
+    from bitween.gradual import GradualQuantizer
+    from bitween.gradual.utils import perplexity_increase
+    from bitween.report.progress import Story
+
+    loaded, tokenizer = load(model, dtype, trust_remote_code)
+    quantizer = GradualQuantizer(loaded, tokenizer, calibration_data=calibration_data, progress=Story(), **options)
     front, chosen = quantizer.plan()
-    schemes = {name: "kept" if scheme is None else str(scheme) for name, scheme in chosen.schemes.items()}
+    schemes = {name: str(chosen.schemes[name] or "kept") for name in sorted(chosen.schemes, key=natural)}
     if as_json:
         found = {"plan": schemes, "nbytes": chosen.nbytes, "damage": chosen.damage, "frontier": front.points()}
         typer.echo(json.dumps(found, indent=1))

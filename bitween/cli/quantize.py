@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_output, load, show
-from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text
+from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, load, show
+from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
 
 
 @app.command()
@@ -26,6 +26,7 @@ def quantize(
     on_conflict: Annotated[str, typer.Option(help="quality, memory or error")] = "quality",
     export_target: For = "any",
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
     seed: Seed = 0,
     max_memory: Annotated[float | None, typer.Option(help="GiB that the process may take, about")] = None,
     resume: Annotated[bool, typer.Option(help="go on where a stopped run of the same inputs left off")] = True,
@@ -37,18 +38,13 @@ def quantize(
 
     Finished steps are kept in OUTPUT.journal until the model is saved: the same command goes on with a stopped run.
     """
-    check_output(output)
-    journal = output.with_name(output.name + ".journal")
-    from bitween.gradual import GradualQuantizer
-    from bitween.report.progress import ProgressBars
+    output = check_output(output)
+    check_dtype(dtype)
+    from bitween.gradual.options import check_options
 
-    loaded, tokenizer = load(model, dtype)
-    quantizer = GradualQuantizer(
-        loaded,
-        tokenizer,
-        target_memory_reduction,
-        max_perplexity_increase,
-        calibration_data=calibration_data,
+    options = check_options(
+        target_memory_reduction=target_memory_reduction,
+        max_perplexity_increase=max_perplexity_increase,
         calibration_samples=calibration_samples,
         evaluation_samples=evaluation_samples,
         ignore_layers=ignore_layer or (),
@@ -56,9 +52,23 @@ def quantize(
         export_target=export_target,
         seed=seed,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
-        progress=ProgressBars(),
+    )
+    check_text(calibration_data)
+    check_model(model)
+    check_unquantized(model)
+    journal = output.with_name(output.name + ".journal")
+    from bitween.gradual import GradualQuantizer
+    from bitween.report.progress import Story
+
+    loaded, tokenizer = load(model, dtype, trust_remote_code)
+    quantizer = GradualQuantizer(
+        loaded,
+        tokenizer,
+        calibration_data=calibration_data,
+        progress=Story(),
         journal=journal,
         resume=resume,
+        **options,
     )
     if dry_run:
         show(quantizer.preflight(), as_json)

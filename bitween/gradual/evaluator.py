@@ -184,9 +184,11 @@ class GradualEvaluator:
             return self.context.runner
         if isinstance(candidate, blocks.BlockRunner):
             return candidate
-        return blocks.BlockRunner(
-            candidate, blocks.inspect(candidate), products=self.context.runner.products, check=False
-        )
+        layout = blocks.inspect(candidate)
+        words, own = layout.head.shape[0], self.context.layout.head.shape[0]
+        if words != own:
+            raise ValueError(f"candidate: expected a model of the reference's {own:,} tokens; got one of {words:,}")
+        return blocks.BlockRunner(candidate, layout, products=self.context.runner.products, check=False)
 
     def _score(
         self, judge: _Judge, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from bitween._progress import Progress, no_progress
+from bitween._progress import Progress, no_progress, tell
+from bitween._recording import outside_inference_mode
 from bitween.export.targets import find_target
 from bitween.gradual.descent import Descent, Stage
 from bitween.gradual.importance_analyzer import ImportanceAnalyzer
 from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
 from bitween.gradual.journal.recorded import PlanSteps, Recorder
+from bitween.gradual.options import check_options
 from bitween.gradual.plan.candidates import to_items
 from bitween.gradual.plan.items import Plan
 from bitween.gradual.plan.memory_need import MemoryNeed, need_within
@@ -23,18 +25,21 @@ from bitween.gradual.plan.planner import Frontier, frontier, uniform_plans
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
 from bitween.gradual.scores.fisher import candidate_schemes
-from bitween.gradual.utils import budget_nats, check_at_least, check_share
+from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
+from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.realise.candidate import shared_copy
-from bitween.realise.context import RunContext
+from bitween.realise.context import RunContext, cut_text
+from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.text import sources
+from bitween.text.calibration import Splits
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
 PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
-ON_CONFLICT = ("quality", "memory", "error")
 
 
 class BudgetConflict(ValueError):
@@ -57,8 +62,9 @@ class GradualQuantizer:
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
         never loosened.
     calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most
-    calibration_data : path, list of strings, (windows, length) token ids, name of a dataset; default the
-        text that comes with bitween
+    calibration_data : path, text, list of strings, (windows, length) token ids, name of a data set, or a data set,
+        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); default the text that comes
+        with bitween
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
@@ -87,6 +93,7 @@ class GradualQuantizer:
         At once, before any work, naming the argument; InfeasibleTarget when no scheme reaches the memory target.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: Any,
@@ -117,38 +124,39 @@ class GradualQuantizer:
         resume: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.target_memory_reduction = check_share("target_memory_reduction", target_memory_reduction)
-        self.max_perplexity_increase = check_share("max_perplexity_increase", max_perplexity_increase)
-        self.confidence = check_share("confidence", confidence)
-        self.safety_multiplier = check_at_least("safety_multiplier", safety_multiplier, 1.0)
-        self.calibration_samples = int(check_at_least("calibration_samples", calibration_samples, 1))
-        self.evaluation_samples = int(check_at_least("evaluation_samples", evaluation_samples, 1))
-        self.sequence_length = int(check_at_least("sequence_length", sequence_length, 8))
-        self.stages = int(check_at_least("stages", stages, 1))
-        self.distillation_steps = int(check_at_least("distillation_steps", distillation_steps, 0))
-        if on_conflict not in ON_CONFLICT:
-            raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {on_conflict!r}")
-        if transforms not in ("auto", "none"):
-            raise ValueError(f'transforms: expected "auto" or "none"; got {transforms!r}')
-        if tokenizer is None and not isinstance(calibration_data, torch.Tensor):
-            raise TypeError(
-                "tokenizer: expected a tokenizer, since calibration_data is no tensor of token ids; got None"
-            )
-        self.calibration_data, self.on_conflict = calibration_data, on_conflict
-        self.target, self.method, self.transforms = find_target(export_target), method, transforms
-        self.seed, self.progress = int(seed), progress
+        checked = check_options(
+            target_memory_reduction=target_memory_reduction,
+            max_perplexity_increase=max_perplexity_increase,
+            confidence=confidence,
+            safety_multiplier=safety_multiplier,
+            calibration_samples=calibration_samples,
+            evaluation_samples=evaluation_samples,
+            sequence_length=sequence_length,
+            stages=stages,
+            distillation_steps=distillation_steps,
+            on_conflict=on_conflict,
+            export_target=export_target,
+            transforms=transforms,
+            max_memory=max_memory,
+            ignore_layers=ignore_layers,
+            seed=seed,
+        )
+        self.target = find_target(checked.pop("export_target"))
+        vars(self).update(checked)
+        self.calibration_data = sources.checked(calibration_data, tokenizer)
+        self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
-        self.max_memory = None if max_memory is None else int(check_at_least("max_memory", max_memory, 1))
         self.measure_importance, self.certify = importance, certify
-        self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
-        self.layout = blocks.inspect(model)
+        check_own_weights(model)
+        self.layout = blocks.inspect(shared_copy(model))  # the user's own modules may run elsewhere meanwhile
         blocks.check_finite(model)
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
+        check_attachments(model, [x for x in self.layout.layers if not self.sizes.ignored(x)])
         self.sizes.check_reach()
         self.memory_need = self._need()
         self._report: QuantizationReport | None = None
@@ -156,6 +164,7 @@ class GradualQuantizer:
 
     # ---- public ----------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def quantize(self) -> Any:
         """Quantize; returns the new model. The model given stays untouched, also when this fails.
 
@@ -163,13 +172,20 @@ class GradualQuantizer:
         ------
         JournalError, JournalMismatch
             The journal can't be used, or is of a run with other inputs; the message says what differs.
+        RuntimeError
+            The model to be delivered computes something else than the one that was measured.
         """
         started = time.monotonic()
         self.memory_need.warn()
+        self._tell(story.begin, self.layout, self.sizes, self.max_perplexity_increase, self.budget)
+        text = self._timed("text", self._cut_text)  # first: what is wrong with it is known before any work
+        self._tell(story.text, text)
         base, transforms = self._prepare()
-        context = self._timed("text", lambda: self._build_context(base))
+        self._tell(story.transformed, transforms)
+        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
+            self._tell(story.analysis, len(self.schemes))
             scores, moment, importance = self._analyze(base, context, recorder)
             optimizer = PrecisionOptimizer(
                 base,
@@ -191,14 +207,16 @@ class GradualQuantizer:
                 prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
-        model = optimizer.candidate.install(self.sizes.dtype)
+        model = optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1])
         self._seconds["total"] = time.monotonic() - started
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
         model.bitween_report = self._report
+        self._tell(story.delivered, self._report.memory, conflict)
         return model
 
+    @outside_inference_mode
     def plan(self) -> tuple[Frontier, Plan]:
         """What `quantize` would begin with, predicted from curvature alone; no layer is quantized.
 
@@ -207,8 +225,9 @@ class GradualQuantizer:
         The frontier, which answers any other target of the same model at once (`within_bytes`, `within_damage`; its
         bytes are those of the layers), and the plan of least damage at the memory target.
         """
+        text = self._timed("text", self._cut_text)
         base, _ = self._prepare()
-        context = self._timed("text", lambda: self._build_context(base))
+        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
         )
@@ -276,16 +295,16 @@ class GradualQuantizer:
         report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
-    def _build_context(self, base: Any) -> RunContext:
-        return RunContext.build(
-            base,
+    def _cut_text(self) -> Splits:
+        return cut_text(
+            self.model,
+            self.layout,
             self.tokenizer,
             calibration_data=self.calibration_data,
             calibration_samples=self.calibration_samples,
             evaluation_samples=self.evaluation_samples,
             length=self.sequence_length,
             seed=self.seed,
-            progress=self.progress,
         )
 
     def _open_journal(self, context: RunContext) -> NullJournal:
@@ -321,7 +340,9 @@ class GradualQuantizer:
 
     def _realiser(self, optimizer: PrecisionOptimizer, recorder: Recorder):
         def realise(name: str, plan: Plan) -> Realisation:
+            self._tell(story.attempt, name, plan.nbytes, plan.damage, self.budget)
             found = optimizer.realise(plan.schemes, stage=name, recorder=recorder)
+            self._tell(story.result, found.measurement, self.max_perplexity_increase)
             recorder.decision(f"stage {name}", {"nbytes": plan.nbytes, "damage": str(found.measurement.damage)})
             return found
 
@@ -370,7 +391,9 @@ class GradualQuantizer:
             return chosen
         realisation = optimizer.distill(chosen.realisation, self.distillation_steps, recorder)
         stage = descent.add(f"{chosen.name}, distilled", realisation, chosen)
-        return stage if stage.accepted >= chosen.accepted and stage.damage < chosen.damage else chosen
+        better = stage.accepted >= chosen.accepted and stage.damage < chosen.damage
+        self._tell(story.distilled, chosen.damage, stage.damage, better)
+        return stage if better else chosen
 
     def _prove(
         self,
@@ -389,12 +412,14 @@ class GradualQuantizer:
         accepted, last = None, None
         for stage in sequence:
             optimizer.restore(stage.realisation)
+            self._tell(story.proving, stage.nbytes, len(optimizer.context.text.certification))
             last = optimizer.evaluator.certify(
                 optimizer.runner,
                 self.max_perplexity_increase,
                 confidence=self.confidence,
                 keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
             )
+            self._tell(story.proof, last)
             if last.verdict != "accepted":
                 break
             accepted = stage, last
@@ -433,8 +458,8 @@ class GradualQuantizer:
             memory=analyze_memory(model, self.model),
             quality=chosen.realisation.measurement.to_dict(),
             certificate=certificate,
-            plan={name: "kept" if scheme is None else str(scheme) for name, scheme in chosen.realisation.plan.items()},
-            stages=_stages(descent),
+            plan={x.name: str(chosen.realisation.plan.get(x.name) or "kept") for x in context.layout.layers},
+            stages=[{**stage.to_dict(), "delivered": stage is chosen} for stage in descent.stages],
             frontier=front.points(200),
             importance=None if importance is None else importance.to_dict(),
             text=context.text.report,
@@ -443,6 +468,9 @@ class GradualQuantizer:
             uniform=uniform,
             seconds=dict(self._seconds),
         )
+
+    def _tell(self, sentence: Any, *facts: Any) -> None:
+        tell(self.progress, sentence(*facts))
 
     def _timed(self, name: str, work):
         started = time.monotonic()

@@ -1,6 +1,7 @@
 """Stored matrices as numbers by plain torch operations: for devices that the core does not reach, and for tracing.
 
-The same value as the core gives, (q - zero) * scale in fp32, rounded once to the dtype asked for.
+The same value as the core gives, (q - zero) * scale in fp32, rounded once to the dtype asked for. Bits are taken out by
+division and remainder, not by shifts, which ONNX has for unsigned numbers only.
 """
 
 from __future__ import annotations
@@ -44,15 +45,16 @@ def unpack_dense(packed: torch.Tensor, n: int, bits: int) -> torch.Tensor:
     start = torch.arange(n, device=packed.device) * bits
     first = start // 8
     wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int32)  # a code may reach into the next byte
-    window = wide[:, first] | wide[:, first + 1] << 8
-    return window >> (start % 8).to(torch.int32) & (1 << bits) - 1
+    window = wide[:, first] + wide[:, first + 1] * 256
+    below = torch.pow(2, start % 8).to(torch.int32)
+    return torch.div(window, below, rounding_mode="floor") % (1 << bits)
 
 
 def unpack_ternary(packed: torch.Tensor, n: int) -> torch.Tensor:
     """Codes int32 (rows, n), five a byte, the first one the least significant digit in base 3."""
     place = torch.arange(n, device=packed.device)
     power = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=packed.device)[place % 5]
-    return packed.to(torch.int32)[:, place // 5] // power % 3
+    return torch.div(packed.to(torch.int32)[:, place // 5], power, rounding_mode="floor") % 3
 
 
 _MULTIPLIER, _OFFSET = 34038481, 76625530  # of the hash that makes a state a value, as in csrc/core/codec/trellis.h

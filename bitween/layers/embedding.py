@@ -9,7 +9,7 @@ from torch import nn
 
 from bitween.functional import quantize
 from bitween.layers.decoding import decode
-from bitween.layers.packed import Packed, empty_stored
+from bitween.layers.packed import Packed, by_torch_alone, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
@@ -76,7 +76,7 @@ class QuantizedEmbedding(Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.reshape(-1).to(torch.int64)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not by_torch_alone(ids):
             rows = self.quantized.dequantize(self.dtype, rows=flat)
         else:
             zeros = None if self.zeros is None else self.zeros[flat]

@@ -12,7 +12,7 @@ from bitween import _core, trellis
 from bitween._threads import follow_torch
 from bitween.functional import quantize
 from bitween.layers import tiles
-from bitween.layers.packed import Packed, empty_stored
+from bitween.layers.packed import Packed, by_torch_alone, empty_stored
 from bitween.quantized_tensor import QuantizedTensor, as_input, mode_number
 from bitween.scheme import Scheme
 
@@ -120,7 +120,7 @@ class QuantizedLinear(Packed):
         return _TiedLinear(embedding, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if by_torch_alone(x):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         if torch.is_autocast_enabled("cpu"):

@@ -12,7 +12,15 @@ from bitween.layers.decoding import decode
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import TILE, Scheme
 
-__all__ = ["Packed", "empty_stored", "packed_layers"]
+__all__ = ["Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+
+
+def by_torch_alone(tensor: torch.Tensor) -> bool:
+    """Whether packed bytes are to be unpacked by torch's own operations: on devices that the core does not reach, and
+    wherever a pass is written down to be run later, since what the core does leaves no trace there."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def _as_buffer(array: Any) -> torch.Tensor | None:
@@ -61,7 +69,7 @@ class Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix as a new tensor (rows, cols) of `dtype`, on the device of the layer."""
-        if self.codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not by_torch_alone(self.codes):
             return self.quantized.dequantize(dtype)
         return decode(self.codes, self.scales, self.zeros, self.scheme, self._shape[1], dtype)
 

@@ -9,6 +9,7 @@ import torch
 from bitween import _core
 from bitween._threads import follow_torch
 from bitween.layers import QuantizedLinear
+from bitween.layers.packed import by_torch_alone
 
 __all__ = ["multiply_together"]
 
@@ -47,7 +48,7 @@ def multiply_together(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> lis
 def _in_one_call(layers: Sequence[QuantizedLinear], x: torch.Tensor) -> bool:
     if not 1 < len(layers) <= _core.MOST_TOGETHER or x.numel() > _core.FEW_TOKENS * layers[0].in_features:
         return False
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if by_torch_alone(x) or torch.is_autocast_enabled("cpu"):
         return False
     if any(layer.scheme.coding == "trellis" for layer in layers):
         return False

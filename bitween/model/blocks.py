@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from bitween.layers import tiles
-from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts
+from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
-__all__ = ["Block", "BlockRunner", "Context", "Kept", "Layer", "ModelLayout", "check_finite", "inspect"]
+__all__ = ["Block", "BlockRunner", "Context", "Kept", "Layer", "ModelLayout", "check_finite", "inspect", "kind_of"]
 
 _PROBE_TOKENS = 8
 
@@ -162,9 +162,9 @@ class BlockRunner:
         `products` overrides the runner's own choice for this one product; bfloat16 products round the
         logits themselves to bfloat16.
         """
-        weight = getattr(self.layout.head.module, "weight", None)
-        if (products or self.products) == "fp32" and isinstance(weight, torch.Tensor) and weight.is_floating_point():
-            final = final.to(weight.dtype)  # what enters the head is kept in float32, the head may be a half
+        weight = self._replay.head._parameters.get("weight")  # none where it is packed, which takes any input
+        if weight is not None and (products or self.products) == "fp32":
+            final = final.to(weight.dtype)  # differences of states come in float32, heads may be in half precision
         with self._quiet(grad), self._arithmetic(products):
             raw = self._replay.head(final)
         return self.after_head(raw, grad=grad)

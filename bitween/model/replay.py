@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# What a config may ask for beside logits. Collecting it costs memory, and changes how a model calls its blocks.
+_EXTRA_OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,22 +44,25 @@ class Stop(Exception):
 
 @contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode without a cache; on exit its modes, configs and the RNG are as before."""
+    """Hold a model in evaluation mode, without a cache and with logits as its only output.
+
+    On exit its modes, configs and the RNG are as before.
+    """
     training = [(module, module.training) for module in model.modules()]
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")}
-    caching = [(config, config.use_cache) for config in configs.values()]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    flags = [(c, name, getattr(c, name)) for c in configs for name in _EXTRA_OUTPUTS if getattr(c, name, None)]
     rng = torch.get_rng_state()
     try:
         for module, _ in training:
             module.training = False
-        for config, _ in caching:
-            config.use_cache = False
+        for config, name, _ in flags:
+            setattr(config, name, False)
         yield
     finally:
         for module, mode in training:
             module.training = mode
-        for config, flag in caching:
-            config.use_cache = flag
+        for config, name, flag in flags:
+            setattr(config, name, flag)
         torch.set_rng_state(rng)
 
 

@@ -9,16 +9,31 @@ from typing import Any
 import torch
 
 from bitween.model import blocks
+from bitween.model.memory import stored_again
 from bitween.quantized_tensor import QuantizedTensor
+from bitween.realise import delivery
 
 __all__ = ["Candidate", "shared_copy"]
 
 
 def shared_copy(model: Any) -> Any:
-    """A model of its own modules in the very memory of `model`; giving it other weights leaves `model` alone."""
-    memo: dict[int, Any] = {id(t): t for t in model.buffers()}
-    memo |= {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    """A model of its own modules in the very memory of `model`; giving it other weights leaves `model` alone.
+
+    A head that repeats the embedding number by number in memory of its own is tied to it in the copy.
+
+    Quantizers work on such copies only, so that a model may run, or be quantized a second time, in another thread.
+    """
+    parameters = {id(p): torch.nn.Parameter(_recordable(p.detach()), p.requires_grad) for p in model.parameters()}
+    if (again := stored_again(model)) is not None:  # it is quantized once, as it is counted once
+        parameters[id(again)] = parameters[id(model.get_input_embeddings().weight)]
+    memo: dict[int, Any] = {id(t): _recordable(t.detach()) for t in model.buffers()}
+    memo |= parameters
     return copy.deepcopy(model, memo)
+
+
+def _recordable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; a copy of one made in inference mode, through which no gradient could be recorded."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Candidate:
@@ -71,27 +86,57 @@ class Candidate:
             if layer.name in self.stored:
                 self.restore(layer)
 
-    def install(self, dtype: torch.dtype) -> Any:
-        """Replace the quantized layers by packed ones and cast what is left to `dtype`; returns the model."""
-        from bitween.layers import QuantizedEmbedding, QuantizedLinear
+    def install(self, dtype: torch.dtype, ids: torch.Tensor | None = None) -> Any:
+        """Replace the quantized layers by packed ones and cast what is left to `dtype`; returns the model.
 
+        Parameters
+        ----------
+        ids : token ids (1, length) on which the model before and after are compared; default random ones
+
+        Raises
+        ------
+        RuntimeError
+            The model computes something else than the candidate did; see `bitween.realise.delivery`.
+        """
+        ids = delivery.default_window(self.original.embedding.shape[0]) if ids is None else ids
+        expected = delivery.logits_in_float32(self.model, ids)
         for layer in self.original.layers:
-            tensor = self.stored.get(layer.name)
-            if tensor is None:
-                continue
-            module = self._modules[layer.name]
-            if layer.kind == "embedding":
-                packed = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, padding_idx=module.padding_idx)
-                self.model.set_submodule(layer.name, packed)
-                for name in layer.shared:
-                    self.model.set_submodule(name, QuantizedLinear.tied_to(packed))
-                continue
-            bias = None if module.bias is None else module.bias.detach().to(dtype)
-            for name in (layer.name, *layer.shared):
-                self.model.set_submodule(name, QuantizedLinear.from_quantized(tensor, bias=bias))
+            if layer.name in self.stored:
+                self._install(layer, self.stored[layer.name], dtype)
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != dtype:
                     setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+        self._tie_again()
         self.model.config.dtype = dtype
+        delivery.write_tied_flag(self.model, self.original.tied)
+        delivery.check_delivered(expected, delivery.logits_in_float32(self.model, ids), dtype)
         return self.model
+
+    def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
+        """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
+        from bitween.layers import QuantizedEmbedding, QuantizedLinear
+
+        table = None
+        if layer.kind == "embedding":
+            mark = self._modules[layer.name].padding_idx
+            table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, padding_idx=mark)
+        for name in (layer.name, *layer.shared):
+            old = self._modules[name]
+            bias = getattr(old, "bias", None)
+            bias = None if bias is None else bias.detach().to(dtype)
+            if blocks.kind_of(old) == "embedding" and table is not None:
+                packed = table
+            elif table is not None:
+                packed = QuantizedLinear.tied_to(table, bias)
+            else:
+                packed = QuantizedLinear.from_quantized(tensor, bias=bias)
+            self.model.set_submodule(name, packed.train(old.training))
+
+    def _tie_again(self) -> None:
+        """Weights that were one parameter before the cast are one after it."""
+        for layer in self.original.layers:
+            if layer.name not in self.stored:
+                weight = self._modules[layer.name].weight
+                for name in layer.shared:
+                    self._modules[name].weight = weight

@@ -11,9 +11,10 @@ import torch
 import bitween
 from bitween._progress import Progress, no_progress
 from bitween.model import blocks
+from bitween.model.attachments import check_own_weights
 from bitween.text import calibration
 
-__all__ = ["Reference", "RunContext"]
+__all__ = ["Reference", "RunContext", "cut_text"]
 
 BATCH_TOKENS = 2048  # of one pass through a block: products are efficient, activations stay small
 
@@ -33,6 +34,34 @@ class Reference:
     windows: torch.Tensor
     final: torch.Tensor
     log_likelihood: torch.Tensor
+
+
+def cut_text(
+    model: Any,
+    layout: blocks.ModelLayout,
+    tokenizer: Any,
+    *,
+    calibration_data: Any = None,
+    calibration_samples: int = 100,
+    evaluation_samples: int = 200,
+    selection_samples: int = 8,
+    length: int = 512,
+    seed: int = 0,
+) -> calibration.Splits:
+    """Text for a model. Sample counts are windows of `length` tokens, at most, or of what the model takes."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and limit > 0:
+        length = min(length, limit)
+    return calibration.prepare(
+        tokenizer,
+        calibration_data,
+        length=length,
+        calibration=calibration_samples,
+        selection=selection_samples,
+        certification=evaluation_samples,
+        seed=seed,
+        vocabulary=layout.embedding.shape[0],
+    )
 
 
 @dataclass
@@ -63,31 +92,17 @@ class RunContext:
         model: Any,
         tokenizer: Any,
         *,
-        calibration_data: Any = None,
-        calibration_samples: int = 100,
-        evaluation_samples: int = 200,
-        selection_samples: int = 8,
-        length: int = 512,
+        text: calibration.Splits | None = None,
         seed: int = 0,
         products: str = "auto",
         progress: Progress = no_progress,
+        **options: Any,
     ) -> RunContext:
-        """Inspect the model and cut the text into windows. Sample counts are windows of `length` tokens, at most."""
+        """Inspect the model, and cut the text into windows as `cut_text` does with the remaining options."""
+        check_own_weights(model)
         layout = blocks.inspect(model)
         blocks.check_finite(model)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and limit > 0:
-            length = min(length, limit)
-        text = calibration.prepare(
-            tokenizer,
-            calibration_data,
-            length=length,
-            calibration=calibration_samples,
-            selection=selection_samples,
-            certification=evaluation_samples,
-            seed=seed,
-            vocabulary=layout.embedding.shape[0],
-        )
+        text = text or cut_text(model, layout, tokenizer, seed=seed, **options)
         runner = blocks.BlockRunner(model, layout, products=products)
         return cls(model, tokenizer, layout, text, runner, seed, progress)
 

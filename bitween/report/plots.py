@@ -159,6 +159,8 @@ def frontier(report: dict[str, Any]) -> Figure:
 
 
 def _chosen(report: dict[str, Any]) -> dict[str, Any] | None:
+    if delivered := [s for s in report["stages"] if s.get("delivered")]:
+        return delivered[-1]
     damage = report["quality"]["damage"]
     near = [s for s in report["stages"] if s["damage"] is not None and abs(s["damage"] - damage) <= 1e-12 * damage]
     return near[-1] if near else None

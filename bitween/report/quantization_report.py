@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from bitween.model.memory import MemoryAnalysis
 
-__all__ = ["QuantizationReport", "machine"]
+__all__ = ["QuantizationReport", "decision", "machine"]
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +43,13 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def decision(stage: dict[str, Any]) -> str:
+    """What became of a stage, in a few words."""
+    if stage.get("delivered"):
+        return "held: delivered" if stage["accepted"] else "broke the budget: delivered all the same"
+    return "held" if stage["accepted"] else "broke the budget: rolled back"
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,11 @@ class QuantizationReport:
             "bitween gradual quantization",
             f"  asked     memory −{t['memory_reduction']:.0%}, perplexity at most +{t['perplexity_increase']:.1%}",
             f"  memory    {m.original_total / 2**20:,.1f} → {m.total / 2**20:,.1f} MiB (−{m.reduction:.1%}), "
-            f"{self.average_bits:.2f} bits per weight over all layers",
-            f"  quality   KL {q['damage']:.4f} nats/token, perplexity {q['reference_perplexity']:.2f} → "
-            f"{q['perplexity']:.2f} ({q['perplexity_increase']:+.2%}), same first choice {q['agreement']:.1%} "
-            f"({q['tokens']:,} tokens of selection text)",
+            f"{self.average_bits:.2f} bits per weight over all layers, plain numbers in {m.dtype or 'their own dtype'}",
             f"  proof     {self.proof}",
+            f"  selection KL {q['damage']:.4f} nats/token, perplexity {q['reference_perplexity']:.2f} → "
+            f"{q['perplexity']:.2f} ({q['perplexity_increase']:+.2%}), same first choice {q['agreement']:.1%} "
+            f"({q['tokens']:,} tokens that steered the search)",
             f"  schemes   {self._schemes()}",
             *self._stage_lines(),
         ]
@@ -118,6 +126,13 @@ class QuantizationReport:
         spent = ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())
         lines.append(f"  seconds   {spent}")
         return "\n".join(lines)
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative, as the proof's held-out text has it; where none was asked for, as the selection text has it."""
+        if self.certificate is None:
+            return self.quality["perplexity_increase"]
+        return math.expm1(min(self.certificate["increase"], 700.0))
 
     @property
     def proof(self) -> str:
@@ -134,7 +149,7 @@ class QuantizationReport:
             lines.append(
                 f"  stage     {stage['name']:24s} {stage['nbytes'] / 2**20:7.1f} MiB   KL {stage['damage']:.4f} "
                 f"(predicted {stage['predicted']:.4f})   perplexity {stage['quality']['perplexity_increase']:+.2%}   "
-                + ("held" if stage["accepted"] else "broke the budget: rolled back")
+                + decision(stage)
             )
         return lines
 

@@ -122,7 +122,7 @@ class BitweenQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are: gradients pass through packed layers
 
 
 class _CompressedTensorsWriter(BitweenQuantizer):

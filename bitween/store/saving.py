@@ -59,6 +59,11 @@ def save_model(
     OSError
         of the failed step; nothing is left under the name.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ValueError(
+            "model: expected a model without adapters; got peft's around one, whose save_pretrained(directory) writes "
+            "the adapters alone: save them so, and the quantized model with save_model(model.unload(), ...)"
+        )
     attached = attach(model, format=format)
     check_space(directory, sum(t.numel() * t.element_size() for t in model.state_dict().values()))
     with atomic_directory(directory) as folder:

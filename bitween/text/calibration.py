@@ -7,6 +7,7 @@ from operator import index
 
 import torch
 
+from bitween.text import sources
 from bitween.text.documents import describe, load_documents
 
 __all__ = ["Splits", "TokenWindows", "load_documents", "prepare"]
@@ -117,7 +118,7 @@ def prepare(
         None will do for token windows only.
     source : None, path, str, sequence of str, or LongTensor (windows, length)
         What `load_documents` takes, or windows of token ids: these are split by row; longer ones are cut, those that
-        contain padding are left out.
+        contain padding are left out. Also what `sources.resolve` takes: data sets, DataLoaders, chats, ...
     length : int
         Tokens in a window.
     calibration, selection, certification : int
@@ -148,6 +149,7 @@ def prepare(
     if context is not None and length > context:
         raise ValueError(f"length: expected at most the model's context of {context} tokens; got {length}")
     notes: list[str] = []
+    source = sources.resolve(source, tokenizer)
     if isinstance(source, torch.Tensor):
         texts = _Windows(source, tokenizer, length, notes)
     else:
@@ -168,8 +170,8 @@ class _Texts:
     """Documents of text, tokenized when their turn comes."""
 
     def __init__(self, source, tokenizer, length: int, notes: list[str]):
-        documents = load_documents(source)
-        if tokenizer is None:
+        documents = _token_documents(source) if isinstance(source, sources.TokenLists) else load_documents(source)
+        if tokenizer is None and not isinstance(source, sources.TokenLists):
             raise ValueError(
                 "tokenizer: needed to turn text into tokens; got None. Give the model's own "
                 "(AutoTokenizer.from_pretrained(model)), or token windows as calibration_data"
@@ -177,7 +179,7 @@ class _Texts:
         self._tokenizer = tokenizer
         self.prefix = self._find_prefix()
         self.length, self.size = length, length - len(self.prefix)
-        self.separator = self._tokenize("\n\n")
+        self.separator = [] if tokenizer is None else self._tokenize("\n\n")
         unique = list(dict.fromkeys(documents))
         if len(unique) < len(documents):
             notes.append(f"{len(documents) - len(unique)} documents occur more than once; each is used once")
@@ -198,13 +200,24 @@ class _Texts:
             self._cache[i] = self._tokenize(self._documents[i])
         return self._cache[i]
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str | tuple[int, ...]) -> list[int]:
+        if isinstance(text, tuple):
+            return list(text[text[:1] == tuple(self.prefix) and len(self.prefix) :])
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _find_prefix(self) -> list[int]:
+        if self._tokenizer is None:
+            return []
         bos = getattr(self._tokenizer, "bos_token_id", None)
         first = self._tokenizer("a", verbose=False)["input_ids"][:1]
         return [bos] if bos is not None and first == [bos] else []
+
+
+def _token_documents(lists: sources.TokenLists) -> list[tuple[int, ...]]:
+    documents = [tuple(ids) for ids in lists if len(ids)]
+    if not documents:
+        raise ValueError("calibration_data: expected token ids; got none")
+    return documents
 
 
 class _Windows:

@@ -3,10 +3,13 @@
 import gzip
 import json
 import re
+import sys
 from importlib import import_module, resources
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
+
+from bitween.text import sources
 
 SUFFIXES = (".txt", ".md", ".json", ".jsonl")
 
@@ -30,8 +33,10 @@ def load_documents(source=None) -> list[str]:
         A path to a .txt, .md, .json or .jsonl file, each also gzipped (.gz). JSON holds a list, JSON Lines one
         item a line; an item is a string or an object with a string "text".
         A list of strings: one document each.
-        A folder or any other string: a data set of the `datasets` package, written "name", "name:config" or
-        "name:config:split" (the split is "train" unless told); its column "text" is used.
+        A folder or a string without spaces: a data set of the `datasets` package, written "owner/name", "name:config"
+        or "name:config:split" (the split is "train" unless told); its column "text" is used. A bare "name" is one
+        where `datasets` is imported already; otherwise nothing is asked of the network, and it is an error.
+        Any other string is one text.
 
     Returns
     -------
@@ -48,9 +53,11 @@ def load_documents(source=None) -> list[str]:
     """
     if source is None:
         rows = _read_file(Path(str(resources.files("bitween.text") / "data" / "text.jsonl.gz")))
+    elif isinstance(source, str) and sources.is_text(source):
+        rows = [source]
     elif isinstance(source, str | PathLike) and Path(source).is_dir():
         rows = _read_data_set(fspath(source))
-    elif isinstance(source, PathLike) or (isinstance(source, str) and _is_path(source)):
+    elif isinstance(source, PathLike) or (isinstance(source, str) and is_path(source)):
         rows = _read_file(Path(source))
     elif isinstance(source, str):
         rows = _read_data_set(source)
@@ -67,16 +74,23 @@ def describe(source) -> str:
     if source is None:
         return "the text that ships with bitween"
     if isinstance(source, str | PathLike):
-        return fspath(source)
+        return fspath(source) if len(fspath(source)) <= 200 else f"one text of {len(source):,} characters"
+    if isinstance(source, sources.TokenLists):
+        return f"{len(source)} lists of token ids"
     if hasattr(source, "shape"):
         return f"token windows of shape {tuple(source.shape)}"
     return f"a list of {len(source)} strings"
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """Whether a string means a file, there or not, rather than a data set."""
     name = source.removesuffix(".gz")
-    return name.endswith(SUFFIXES) or source.startswith(("/", "./", "../", "~")) or Path(source).exists()
+    if name.endswith(SUFFIXES) or source.startswith(("/", "./", "../", "~")):
+        return True
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
 
 
 def _read_file(path: Path) -> list[str]:
@@ -111,6 +125,13 @@ def _read_rows(rows, where: str) -> list[str]:
 
 
 def _read_data_set(source: str) -> list[str]:
+    if not re.fullmatch(r"[\w.\-/:]+", source):
+        raise ValueError(f"calibration_data: expected a file, a data set or text; got {source!r}")
+    if not set("/:") & set(source) and "datasets" not in sys.modules:
+        raise ValueError(
+            f"calibration_data: {source!r} is neither a file nor a text; a data set is written 'owner/name' or "
+            "'name:config'"
+        )
     if find_spec("datasets") is None:
         raise ValueError(
             f"calibration_data: {source!r} is neither a file nor, without the package `datasets`, a data set; "

@@ -89,3 +89,43 @@ def test_frontier_picture_marks_every_stage(report):
     texts = {t.get_text() for t in plots.frontier(report).axes[0].texts}
     chosen = plots._chosen(report)
     assert {s["name"] for s in report["stages"] if s is not chosen} <= texts
+
+
+def test_the_proof_leads(report):
+    from math import expm1
+
+    first = page(report).split("<i>", 2)[1]
+    assert "held-out text" in first
+    assert f"{expm1(report['certificate']['increase']):+.2%}" in first
+    without = page({**report, "certificate": None}).split("<i>", 2)[1]
+    assert "memory" in without
+
+
+def test_what_is_delivered_is_not_rolled_back(tiny_model, tiny_tokenizer):
+    options = {"calibration_samples": 6, "evaluation_samples": 8, "importance": False, "sequence_length": 64}
+    quantizer = GradualQuantizer(tiny_model, tiny_tokenizer, 0.9, 0.02, on_conflict="memory", stages=1, **options)
+    quantizer.quantize()
+    found = quantizer.get_quantization_report()
+    (stage,) = [s for s in found.stages if s["delivered"]]
+    assert not stage["accepted"]
+    shown = next(line for line in str(found).splitlines() if stage["name"] in line and "stage" in line)
+    if len([s for s in found.stages if s["name"] == stage["name"]]) == 1:
+        assert "broke the budget: delivered all the same" in shown
+    assert "broke the budget: delivered all the same" in page(found.to_dict())
+    assert found.certificate is None or str(found).index("proof ") < str(found).index("selection KL")
+
+
+def test_layers_are_listed_in_their_order(report):
+    names = list(report["plan"])
+    assert names[0] == "model.embed_tokens"
+    assert [n.split(".")[2] for n in names if ".layers." in n] == sorted(
+        n.split(".")[2] for n in names if ".layers." in n
+    )
+    from bitween.cli.inputs import natural
+
+    assert sorted(["layers.10", "layers.9", "layers.1", "head"], key=natural) == [
+        "head",
+        "layers.1",
+        "layers.9",
+        "layers.10",
+    ]

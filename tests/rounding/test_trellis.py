@@ -63,7 +63,7 @@ def test_a_model_loses_less_than_with_gptq_and_comes_back_from_disk(bits, tiny_m
 
 def test_bad_input():
     weight = weights(32, 64)
-    with pytest.raises(ValueError, match="bits: expected 1 to 5 in half steps"):
+    with pytest.raises(ValueError, match="bits: expected one of 1, 1.5"):
         Scheme.trellis(2.25)
     with pytest.raises(ValueError, match="width: expected 10 to 16"):
         Scheme.trellis(2, 9)

@@ -1,0 +1,87 @@
+"""The model that is delivered is the one that was measured: compared on a window before anything is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitween.layers.packed import Packed
+from bitween.model.replay import logits_of, settled
+
+__all__ = ["ALLOWED", "check_delivered", "default_window", "in_float32", "logits_in_float32", "write_tied_flag"]
+
+# Largest root mean square difference of the logits, relative to theirs around each token's mean. Both models compute
+# in float32, so that what is left is the rounding of what stayed unquantized to the model's own dtype (2^-24, 2^-11
+# and 2^-8 of each number, some of it amplified from block to block). A lost bias or a lost basis is 0.1 and more.
+ALLOWED = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+
+_TOKENS = 64
+
+
+def default_window(vocabulary: int, seed: int = 0) -> torch.Tensor:
+    """Token ids (1, 64) for a run that has no text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (1, _TOKENS), generator=generator)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold half-precision weights in float32; the scales of packed layers keep their 16 bits, which are exact."""
+    held = [*model.parameters()]
+    for module in model.modules():
+        named = module.named_buffers(recurse=False)
+        held += [b for name, b in named if not (isinstance(module, Packed) and name == "scales")]
+    kept = [(t, t.data) for t in held if t.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def logits_in_float32(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The model's own logits of a window, weights and products in float32."""
+    with settled(model), in_float32(model), torch.no_grad():
+        return logits_of(model(ids[:, :_TOKENS])).float()
+
+
+def check_delivered(expected: torch.Tensor, got: torch.Tensor, dtype: torch.dtype) -> float:
+    """Compare the delivered model's logits with the candidate's.
+
+    Returns
+    -------
+    The root mean square difference relative to that of the logits around their mean.
+
+    Raises
+    ------
+    RuntimeError
+        It is above `ALLOWED` of the dtype, or not finite where the candidate is.
+    """
+    if not bool(torch.isfinite(expected).all()):  # a candidate that overflowed proves nothing and is told as such
+        return float("nan")
+    size = (expected - expected.mean(-1, keepdim=True)).pow(2).mean().sqrt().item()
+    change = (got - expected).pow(2).mean().sqrt().item() / max(size, 1e-30)
+    if not change <= ALLOWED[dtype]:
+        raise RuntimeError(
+            f"model: expected the delivered model to compute what was measured, within {ALLOWED[dtype]:g} of its "
+            f"logits; got a difference of {change:.2g}. Nothing was reported or saved; please report this model"
+        )
+    return change
+
+
+def write_tied_flag(model: Any, tied: bool) -> None:
+    """Let every config say whether head and embedding are one, as they are: saving and loading go by the flag."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
+    wrong = [c for c in configs.values() if getattr(c, "tie_word_embeddings", tied) != tied]
+    if not wrong:
+        return
+    for config in wrong:
+        config.tie_word_embeddings = tied
+    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 keeps the list that saving goes by
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
