@@ -12,6 +12,7 @@ from bitween.model import blocks
 from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import Scheme
+from bitween.store.writing import writable
 
 __all__ = ["Bitween"]
 
@@ -91,7 +92,7 @@ class Bitween:
             self._direct(candidate, plan, method)
         else:
             candidate = self._calibrated(plan, method, calibration_data)
-        model = candidate.install(dtype)
+        model = writable(candidate.install(dtype))
         self._memory = analyze_memory(model, self.model)
         return model
 

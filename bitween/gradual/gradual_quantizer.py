@@ -29,6 +29,7 @@ from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.store.writing import writable
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
@@ -190,7 +191,7 @@ class GradualQuantizer:
                 prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
-        model = optimizer.candidate.install(self.sizes.dtype)
+        model = writable(optimizer.candidate.install(self.sizes.dtype))
         self._seconds["total"] = time.monotonic() - started
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof

@@ -74,6 +74,7 @@ class Candidate:
     def install(self, dtype: torch.dtype) -> Any:
         """Replace the quantized layers by packed ones and cast what is left to `dtype`; returns the model."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
+        from bitween.layers.embedding import lookup_scale
 
         for layer in self.original.layers:
             tensor = self.stored.get(layer.name)
@@ -81,14 +82,15 @@ class Candidate:
                 continue
             module = self._modules[layer.name]
             if layer.kind == "embedding":
-                packed = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, padding_idx=module.padding_idx)
+                marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
+                packed = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
                 self.model.set_submodule(layer.name, packed)
                 for name in layer.shared:
                     self.model.set_submodule(name, QuantizedLinear.tied_to(packed))
                 continue
             bias = None if module.bias is None else module.bias.detach().to(dtype)
             for name in (layer.name, *layer.shared):
-                self.model.set_submodule(name, QuantizedLinear.from_quantized(tensor, bias=bias))
+                self.model.set_submodule(name, QuantizedLinear.from_quantized(tensor, bias=bias, dtype=dtype))
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != dtype:
