@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+_SCALING = (
+    torch.ops.aten.div_.Scalar,
+    torch.ops.aten.div_.Tensor,
+    torch.ops.aten.mul_.Scalar,
+    torch.ops.aten.mul_.Tensor,
+)
+
 __all__ = ["LazyWeight"]
 
 
@@ -42,6 +49,8 @@ class LazyWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _SCALING and len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 1:
+            return args[0]  # RWKV divides weights by 2^(layer // 6), by 1 in most layers
         schema = func._schema
         if schema.is_mutable and any(
             isinstance(value, LazyWeight) and argument.alias_info is not None and argument.alias_info.is_write

@@ -51,6 +51,15 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
         with file, tensor and reason. No code in the directory is run, whatever the config asks for.
     """
     directory = Path(directory)
+    files, config, model, state = _read(directory)
+    state = _checked_state(files, model, state)
+    model = _filled(type(model), config, state, dtype)
+    return model, _tokenizer(directory)
+
+
+def _read(directory: Path) -> tuple[TensorFiles, Any, nn.Module, dict[str, torch.Tensor] | None]:
+    """The files, the config with the plan in bitween's own words, the packed model on meta, and the tensors if they
+    lie in the files under other names."""
     files = TensorFiles(directory)
     _check_manifest(directory)
     settings = read_json(directory / "config.json")
@@ -59,10 +68,25 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
     _guarded(lambda: names.under_module_names(files, model), "config.json")
     plan, state = _plan(files, settings["quantization_config"], model)
     _guarded(lambda: swap(model, plan), "config.json")
-    state = _checked_state(files, model, state)
     config.quantization_config = BitweenConfig(plan).to_dict()
-    model = _filled(type(model), config, state, dtype)
-    return model, _tokenizer(directory)
+    return files, config, model, state
+
+
+def check_saved(directory: str | os.PathLike, model: nn.Module) -> None:
+    """Read back what was written of a model: CheckpointError unless it loads, and holds the model's very tensors.
+
+    A new model of the written config is laid out without memory and compared with the files name by name, shape by
+    shape and dtype by dtype, as `load_model` does; then each tensor is compared with the model's own.
+    """
+    directory = Path(directory)
+    files, _, skeleton, state = _read(directory)
+    own = model.state_dict()
+    for name, tensor in _checked_state(files, skeleton, state).items():
+        if name not in own:
+            raise files.error("the saved model has no such tensor", name)
+        same = own[name].is_meta or torch.equal(tensor, own[name].detach().to("cpu", tensor.dtype))
+        if not same:
+            raise files.error("differs from the model's own", name)
 
 
 def _check_manifest(directory: Path) -> None:

@@ -108,23 +108,21 @@ def _natural(name: str) -> Any:
 
 
 def survives(state: dict[str, torch.Tensor], model: nn.Module) -> bool:
-    """Whether tensors that transformers writes under a family's first names come back under those of the modules."""
+    """Whether tensors that transformers writes under a family's first names come back under those of the modules.
+
+    Not so where they are taken apart: compressed-tensors' reader looks for packed parts in every piece (an expert's
+    matrix, say), so that what stays in full precision must be written whole.
+    """
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
         shapes = {name: tensor.detach().to("meta") for name, tensor in state.items()}
         written = revert_weight_conversion(model, dict(shapes))
-        back: dict[str, tuple] = {}
-        gathered: dict[str, tuple[Any, list]] = {}
-        for name, (own, converter, pattern) in in_model(written, model).items():
-            if converter is None:
-                back[own] = tuple(written[name].shape)
-            else:
-                gathered.setdefault(own, (converter, []))[1].append((name, pattern, written[name]))
-        for own, (converter, parts) in gathered.items():
-            back |= {n: tuple(t.shape) for n, t in convert(own, converter, parts, model).items()}
     except ImportError:  # a version that renames nothing
         return True
     except Exception:  # a conversion that packed tensors cannot go through
         return False
-    return back == {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+    read = in_model(written, model)
+    if any(converter is not None for _, converter, _ in read.values()):
+        return False
+    return {own: written[name].shape for name, (own, _, _) in read.items()} == {n: t.shape for n, t in shapes.items()}
