@@ -10,6 +10,7 @@ import torch
 from bitween._progress import no_progress
 from bitween.model import blocks
 from bitween.model.memory import MemoryAnalysis, analyze_memory
+from bitween.model.patterns import checked_patterns
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import Scheme
 from bitween.store.writing import writable
@@ -82,7 +83,7 @@ class Bitween:
             More than one way chosen, an unknown method, a missing tokenizer; the model stays untouched.
         """
         method = _choose(rtn, trainable, method)
-        patterns = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
+        patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
         plan = {layer.name: self.scheme for layer in self._wanted(patterns)}
         from bitween.realise.candidate import Candidate
 

@@ -25,6 +25,7 @@ from bitween.gradual.scores.fisher import candidate_schemes, to_items
 from bitween.gradual.utils import budget_nats, check_at_least, check_share
 from bitween.model import blocks
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
+from bitween.model.patterns import checked_patterns
 from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext
 from bitween.report.quantization_report import QuantizationReport
@@ -140,11 +141,11 @@ class GradualQuantizer:
         self.journal, self.resume = journal, resume
         self.max_memory = None if max_memory is None else int(check_at_least("max_memory", max_memory, 1))
         self.measure_importance, self.certify = importance, certify
-        self.ignore_layers = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
         self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         self.layout = blocks.inspect(model)
+        self.ignore_layers = checked_patterns("ignore_layers", ignore_layers, self.layout)
         blocks.check_finite(model)
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction

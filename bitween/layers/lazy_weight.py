@@ -49,6 +49,9 @@ class LazyWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            weight = args[0]  # `.data` too: a copy there would take what is written to it and forget it
+            return LazyWeight(weight._unpack, tuple(weight.shape), weight.dtype, weight.device)
         if func in _SCALING and len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 1:
             return args[0]  # RWKV divides weights by 2^(layer // 6), by 1 in most layers
         schema = func._schema
