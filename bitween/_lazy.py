@@ -9,6 +9,10 @@ from typing import Any
 
 __all__ = ["lazily"]
 
+# Package that an extra brings -> the extra, as pyproject.toml lists them.
+_EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "tqdm", "scipy", "compressed_tensors", "typer"), "hf")
+_EXTRAS |= {"matplotlib": "report", "gguf": "gguf", "sentencepiece": "gguf", "accelerate": "gguf", "peft": "adapters"}
+
 
 def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package with the public names of `modules`: name -> module that defines it."""
@@ -16,7 +20,17 @@ def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], An
     def __getattr__(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{modules[name]}", package), name)
+        try:
+            module = importlib.import_module(f".{modules[name]}", package)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in _EXTRAS:
+                raise
+            text = (
+                f"{package}.{name} needs {missing}, which is not installed: pip install 'bitween[{_EXTRAS[missing]}]'"
+            )
+            raise ModuleNotFoundError(text, name=error.name, path=error.path) from error
+        value = getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -10,8 +10,10 @@ from bitween._recording import outside_inference_mode
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory
+from bitween.model.patterns import checked_patterns
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import BITS, TRELLIS_BITS, Scheme
+from bitween.store.writing import writable
 
 __all__ = ["Bitween"]
 
@@ -92,7 +94,7 @@ class Bitween:
             self.scheme = Scheme.trellis(self.scheme.bits)
         elif self.scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
-        patterns = tuple([ignore_layers] if isinstance(ignore_layers, str) else ignore_layers)
+        patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
         from bitween.realise.candidate import Candidate
 
         base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
@@ -105,7 +107,7 @@ class Bitween:
             self._direct(candidate, plan, method)
         else:
             candidate, ids = self._calibrated(base, plan, method, calibration_data)
-        model = candidate.install(self.layout.embedding.module.weight.dtype, ids)
+        model = writable(candidate.install(self.layout.embedding.module.weight.dtype, ids))
         self._memory = analyze_memory(model, self.model)
         return model
 

@@ -29,11 +29,13 @@ from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
+from bitween.model.patterns import checked_patterns
 from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.store.writing import writable
 from bitween.text import sources
 from bitween.text.calibration import Splits
 
@@ -152,6 +154,7 @@ class GradualQuantizer:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         check_own_weights(model)
         self.layout = blocks.inspect(shared_copy(model))  # the user's own modules may run elsewhere meanwhile
+        self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
@@ -207,7 +210,7 @@ class GradualQuantizer:
                 prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
-        model = optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1])
+        model = writable(optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1]))
         self._seconds["total"] = time.monotonic() - started
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import torch
@@ -13,7 +15,37 @@ from bitween.layers.packed import Packed, by_torch_alone, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
-__all__ = ["QuantizedEmbedding"]
+__all__ = ["QuantizedEmbedding", "lookup_scale"]
+
+_PROBE_ROWS = 8
+
+
+def lookup_scale(embedding: nn.Embedding) -> float | None:
+    """The number by which an embedding multiplies the rows that it looks up; None where it does anything else.
+
+    Found by running the module beside a plain lookup, since families name and keep their scale each in its own way.
+    The answer does not hang on the values of the table, which may be zero or on the meta device.
+    """
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    if any(t.is_meta for t in (*embedding.parameters(), *embedding.buffers())) or not embedding.num_embeddings:
+        return None
+    rows, width = min(_PROBE_ROWS, embedding.num_embeddings), embedding.embedding_dim
+    table = torch.linspace(0.5, 1.5, rows * width, device=embedding.weight.device).reshape(rows, width)
+    probe = copy.copy(embedding)  # shares everything but the table
+    probe._parameters = {**embedding._parameters, "weight": nn.Parameter(table.to(embedding.weight.dtype), False)}
+    ids = torch.arange(rows, device=table.device)[None]
+    try:
+        with torch.no_grad():
+            got = probe(ids)
+    except Exception:  # a module of another signature, as positions that count the mask: not a lookup
+        return None
+    plain = probe.weight[ids]
+    if not isinstance(got, torch.Tensor) or got.shape != plain.shape or got.dtype != plain.dtype:
+        return None
+    scale = (got.double() / plain.double()).mean().item()
+    close = torch.allclose(got.double(), plain.double() * scale, rtol=4 * torch.finfo(got.dtype).eps, atol=0)
+    return float(torch.tensor(scale, dtype=torch.float32)) if close and math.isfinite(scale) and scale else None
 
 
 class QuantizedEmbedding(Packed):
@@ -27,38 +59,52 @@ class QuantizedEmbedding(Packed):
         Of the output; follows `module.to(dtype)`.
     padding_idx : int, optional
         Kept as a mark only.
+    scale : float, optional
+        Rows are multiplied by it, as Gemma's embeddings do; a head that shares the codes is not. It is saved with
+        the codes, as `multiplier`.
     """
 
+    multiplier: torch.Tensor | None
+
     def __init__(
-        self, stored: QuantizedTensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
+        self,
+        stored: QuantizedTensor,
+        dtype: torch.dtype = torch.float32,
+        padding_idx: int | None = None,
+        scale: float | None = None,
     ) -> None:
-        super().__init__(stored)
+        super().__init__(stored, dtype)
         self.num_embeddings, self.embedding_dim = self._shape
         self.padding_idx = padding_idx
-        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the output."""
-        return self._like.dtype
+        device = self.codes.device
+        number = None if scale in (None, 1.0) else torch.tensor(scale, dtype=torch.float32, device=device)
+        self.register_buffer("multiplier", number)
 
     @classmethod
     def from_quantized(
-        cls, stored: QuantizedTensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
+        cls,
+        stored: QuantizedTensor,
+        dtype: torch.dtype = torch.float32,
+        padding_idx: int | None = None,
+        scale: float | None = None,
     ) -> QuantizedEmbedding:
         """A table on the memory of `stored`."""
-        return cls(stored, dtype, padding_idx)
+        return cls(stored, dtype, padding_idx, scale)
 
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, scheme: Scheme, method: str = "rtn", **options: Any
     ) -> QuantizedEmbedding:
-        """Quantize an nn.Embedding; `options` go to `bitween.quantize`."""
+        """Quantize an nn.Embedding, a scaled one too; `options` go to `bitween.quantize`."""
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None; got {embedding.max_norm}")
+        scale = lookup_scale(embedding)
+        if scale is None:
+            kind = type(embedding).__name__
+            raise ValueError(f"embedding: expected rows looked up and multiplied by a number at most; got {kind}")
         weight = embedding.weight.detach()
         stored = quantize(weight.cpu(), scheme, method=method, **options)
-        table = cls(stored, weight.dtype, embedding.padding_idx).to(weight.device)
+        table = cls(stored, weight.dtype, embedding.padding_idx, scale).to(weight.device)
         return table.train(embedding.training)
 
     @classmethod
@@ -70,9 +116,10 @@ class QuantizedEmbedding(Packed):
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
         device: Any = None,
+        scale: float | None = None,
     ) -> QuantizedEmbedding:
-        """A table of zero codes, to be filled by `load_state_dict`."""
-        return cls(empty_stored(num_embeddings, embedding_dim, scheme, device), dtype, padding_idx)
+        """A table of zero codes, to be filled by `load_state_dict`; any `scale` but 1 makes room for one."""
+        return cls(empty_stored(num_embeddings, embedding_dim, scheme, device), dtype, padding_idx, scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.reshape(-1).to(torch.int64)
@@ -81,7 +128,9 @@ class QuantizedEmbedding(Packed):
         else:
             zeros = None if self.zeros is None else self.zeros[flat]
             rows = decode(self.codes[flat], self.scales[flat], zeros, self.scheme, self.embedding_dim, self.dtype)
-        return rows.reshape(*ids.shape, self.embedding_dim)
+        rows = rows.reshape(*ids.shape, self.embedding_dim)
+        return rows if self.multiplier is None else rows * self.multiplier
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}', dtype={self.dtype}"
+        scale = "" if self.multiplier is None else f", scale={float(self.multiplier):g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}', dtype={self.dtype}{scale}"

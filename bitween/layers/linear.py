@@ -59,6 +59,8 @@ class QuantizedLinear(Packed):
         The weight, (out_features, in_features). Its memory becomes the buffers `codes`, `scales` and `zeros`.
     bias : Tensor (out_features,), optional
         Kept as a parameter.
+    dtype : torch.dtype, optional
+        What `weight.dtype` answers; default the bias's, else float32. Follows `module.to(dtype)`.
 
     The input may have any leading shape and be float32, float16 or bfloat16; the output has its dtype. Gradients
     flow to the input and the bias. On a device other than the CPU the weight is unpacked for each call.
@@ -73,8 +75,10 @@ class QuantizedLinear(Packed):
 
     bias: nn.Parameter | None
 
-    def __init__(self, stored: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__(stored)
+    def __init__(
+        self, stored: QuantizedTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(stored, dtype or (torch.float32 if bias is None else bias.dtype))
         self.out_features, self.in_features = self._shape
         self.mode = "int16"
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -82,9 +86,11 @@ class QuantizedLinear(Packed):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_quantized(cls, stored: QuantizedTensor, bias: torch.Tensor | None = None) -> QuantizedLinear:
+    def from_quantized(
+        cls, stored: QuantizedTensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantizedLinear:
         """A layer on the memory of `stored`."""
-        return cls(stored, bias)
+        return cls(stored, bias, dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, scheme: Scheme, method: str = "rtn", **options: Any) -> QuantizedLinear:
@@ -96,7 +102,7 @@ class QuantizedLinear(Packed):
         if hasattr(linear, "nf"):  # Conv1D keeps the transpose
             weight = weight.t()
         stored = quantize(weight.cpu(), scheme, method=method, **options)
-        layer = cls(stored).to(weight.device)
+        layer = cls(stored, dtype=weight.dtype).to(weight.device)
         layer.register_parameter("bias", linear.bias)
         return layer.train(linear.training)
 
@@ -110,9 +116,9 @@ class QuantizedLinear(Packed):
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ) -> QuantizedLinear:
-        """A layer of zero codes, to be filled by `load_state_dict`. `dtype` is the bias's."""
+        """A layer of zero codes, to be filled by `load_state_dict`. `dtype` is the bias's and the weight's."""
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        return cls(empty_stored(out_features, in_features, scheme, device), zeros)
+        return cls(empty_stored(out_features, in_features, scheme, device), zeros, dtype)
 
     @staticmethod
     def tied_to(embedding: QuantizedEmbedding, bias: torch.Tensor | None = None) -> QuantizedLinear:
@@ -172,7 +178,7 @@ class _TiedLinear(QuantizedLinear):
 
     def __init__(self, embedding: QuantizedEmbedding, bias: torch.Tensor | None) -> None:
         self.__dict__["_owner"] = embedding  # not a submodule: the weight belongs to one module only
-        super().__init__(embedding.quantized, bias)
+        super().__init__(embedding.quantized, bias, embedding.dtype)
 
     def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         """Holds nothing: the owner is asked."""

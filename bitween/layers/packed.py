@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bitween.layers.decoding import decode
+from bitween.layers.lazy_weight import LazyWeight
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import TILE, Scheme
 
@@ -36,10 +37,12 @@ class Packed(nn.Module):
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    _is_hf_initialized = True  # transformers fills no such module at random, whatever a family's initialiser does
 
-    def __init__(self, stored: QuantizedTensor) -> None:
+    def __init__(self, stored: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.scheme = stored.scheme
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows module.to(dtype)
         self._shape = (int(stored.shape[0]), int(stored.shape[1]))
         self._hold(*(_as_buffer(a) for a in (stored.codes, stored.scales, stored.zeros)))
 
@@ -51,6 +54,16 @@ class Packed(nn.Module):
     def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         buffers = self._buffers  # straight from the dictionary: nn.Module's look-up takes longer than all the rest
         return buffers["codes"], buffers["scales"], buffers["zeros"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, as model code that asks for it sees it."""
+        return self._like.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix as model code reads it: a tensor without memory, unpacked where its numbers are wanted."""
+        return LazyWeight(self.dequantize, self._shape, self.dtype, self.codes.device)
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from bitween.layers.embedding import lookup_scale
+
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +38,7 @@ class Layer:
         same item: quantized once, counted once.
     plain : bool
         True when the module computes nothing beyond the product or the lookup, so that a
-        quantized layer can stand in its place. False for embeddings that also scale their output.
+        quantized layer can stand in its place. An embedding that multiplies its rows by a number is plain too.
     """
 
     name: str
@@ -247,8 +249,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _make_layer(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
-    forwards = (nn.Linear.forward, nn.Embedding.forward)
-    plain = _is_quantized(module) or kind_of(module) == "conv1d" or type(module).forward in forwards
+    plain = _is_quantized(module) or kind_of(module) == "conv1d" or type(module).forward is nn.Linear.forward
+    plain = plain or (isinstance(module, nn.Embedding) and lookup_scale(module) is not None)
     shared = tuple(n for n in names.get(_weight_key(module), ()) if n != name)
     return Layer(name, module, kind_of(module), _shape(module), shared, plain)
 

@@ -116,11 +116,13 @@ class Candidate:
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
+        from bitween.layers.embedding import lookup_scale
 
         table = None
         if layer.kind == "embedding":
-            mark = self._modules[layer.name].padding_idx
-            table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, padding_idx=mark)
+            module = self._modules[layer.name]
+            marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
+            table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
         for name in (layer.name, *layer.shared):
             old = self._modules[name]
             bias = getattr(old, "bias", None)
@@ -130,7 +132,7 @@ class Candidate:
             elif table is not None:
                 packed = QuantizedLinear.tied_to(table, bias)
             else:
-                packed = QuantizedLinear.from_quantized(tensor, bias=bias)
+                packed = QuantizedLinear.from_quantized(tensor, bias=bias, dtype=dtype)
             self.model.set_submodule(name, packed.train(old.training))
 
     def _tie_again(self) -> None:

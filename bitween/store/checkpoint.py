@@ -97,6 +97,7 @@ class TensorFiles:
             raise CheckpointError("expected a directory with a model", self.directory)
         self.files, weight_map = self._shards()
         self.entries: dict[str, _Entry] = {}
+        self.converted: dict[str, Any] = {}  # tensors of this checkpoint that lie in the files in another form
         for path in self.files:
             for name, entry in read_header(path).items():
                 if name in self.entries:
@@ -105,10 +106,17 @@ class TensorFiles:
         if weight_map is not None:
             self._compare(weight_map)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return [*self.entries, *self.converted]
+
     def read(self, name: str) -> Any:
         """One tensor, as a torch tensor on the CPU that owns its memory."""
         import torch
 
+        if name in self.converted:
+            return self.converted[name]
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=getattr(torch, _TORCH[entry.dtype]))
         if not entry.n_bytes:

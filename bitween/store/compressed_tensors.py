@@ -176,7 +176,7 @@ def tensors_from(files: TensorFiles, plan: dict[str, Scheme], model: nn.Module) 
         state[f"{name}.codes"] = files.read(f"{name}.weight_packed").view(torch.uint8)
         state[f"{name}.scales"] = _half(files, f"{name}.weight_scale")
     own = {f"{name}.{part}" for name in plan for part in _STORED}
-    return {**state, **{name: files.read(name) for name in files.entries if name not in own}}
+    return {**state, **{name: files.read(name) for name in files.names if name not in own}}
 
 
 def _half(files: TensorFiles, name: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitween import __version__
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.scheme import Scheme
-from bitween.store import compressed_tensors
+from bitween.store import compressed_tensors, names
 from bitween.store.checkpoint import SCHEMA_VERSION, CheckpointError, read_header
 
 __all__ = ["METHOD", "Attached", "BitweenConfig", "BitweenQuantizer", "attach", "check_stored", "plan_of", "swap"]
@@ -89,6 +89,7 @@ class BitweenQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         swap(model, self.quantization_config.schemes)
+        _keep_own_names(model)
         if kwargs.get("checkpoint_files"):
             self._check_files(model, kwargs["checkpoint_files"])
         return model
@@ -112,8 +113,13 @@ class BitweenQuantizer(HfQuantizer):
             check_stored(model.get_submodule(name), name)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """None: bitween's own format keeps the names of the modules, which no family's mapping may touch."""
+        return []
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         _check_all(model)
+        _keep_own_names(model)
         warnings.warn("written in bitween's own format: `import bitween` before loading it", stacklevel=3)
         return None, {}
 
@@ -130,7 +136,10 @@ class _CompressedTensorsWriter(BitweenQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
         _check_all(model)
-        return compressed_tensors.state_dict(model), {}
+        state = compressed_tensors.state_dict(model)
+        if not names.survives(state, model):
+            _keep_own_names(model)
+        return state, {}
 
 
 def plan_of(model: nn.Module) -> dict[str, Scheme]:
@@ -220,6 +229,14 @@ def swap(model: nn.Module, plan: dict[str, Scheme]) -> None:
     _untie(model)
 
 
+def _keep_own_names(model: nn.Module) -> None:
+    """Save under the names of the modules: transformers' mapping to a family's first names knows no packed tensors.
+
+    The library writes through the mapping that a model was loaded with; a model loaded with none is written as it is.
+    """
+    model._weight_conversions = []
+
+
 def _check_all(model: nn.Module) -> None:
     """What could not be loaded again is not written."""
     for name in plan_of(model):
@@ -252,9 +269,11 @@ def _empty_like(old: nn.Module, scheme: Scheme) -> nn.Module | None:
     if isinstance(old, nn.Linear) or hasattr(old, "nf"):
         cols, rows = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (old.nx, old.nf)
         return QuantizedLinear.empty(cols, rows, scheme, old.bias is not None, weight.dtype, weight.device)
-    if isinstance(old, nn.Embedding) and type(old).forward is nn.Embedding.forward:
+    if isinstance(old, nn.Embedding):
         shape = old.num_embeddings, old.embedding_dim
-        return QuantizedEmbedding.empty(*shape, scheme, weight.dtype, old.padding_idx, weight.device)
+        # One with arithmetic of its own keeps a number in the checkpoint; a skeleton on meta cannot be asked for it.
+        scale = None if type(old).forward is nn.Embedding.forward else 0.0
+        return QuantizedEmbedding.empty(*shape, scheme, weight.dtype, old.padding_idx, weight.device, scale)
     return None
 
 

@@ -56,7 +56,7 @@ def plan_and_tensors(
                 raise files.error("expected zeros, as the model has no bias here", f"{name}.bias")
             taken.add(f"{name}.bias")
     taken |= {name for name in files.entries if name.endswith(".rotary_emb.inv_freq")}  # computed since long ago
-    return plan, {**state, **{name: files.read(name) for name in files.entries if name not in taken}}
+    return plan, {**state, **{name: files.read(name) for name in files.names if name not in taken}}
 
 
 def _packing(settings: dict[str, Any]) -> tuple[str, int]:

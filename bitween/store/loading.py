@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitween.store import compressed_tensors, importing
+from bitween.store import compressed_tensors, importing, names
 from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, read_json, sha256
 from bitween.store.hub import METHOD, BitweenConfig, check_stored, swap
 
@@ -51,17 +51,42 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
         with file, tensor and reason. No code in the directory is run, whatever the config asks for.
     """
     directory = Path(directory)
+    files, config, model, state = _read(directory)
+    state = _checked_state(files, model, state)
+    model = _filled(type(model), config, state, dtype)
+    return model, _tokenizer(directory)
+
+
+def _read(directory: Path) -> tuple[TensorFiles, Any, nn.Module, dict[str, torch.Tensor] | None]:
+    """The files, the config with the plan in bitween's own words, the packed model on meta, and the tensors if they
+    lie in the files under other names."""
     files = TensorFiles(directory)
     _check_manifest(directory)
     settings = read_json(directory / "config.json")
     config = _config(directory, settings, len(files.entries))
     model = _guarded(lambda: _skeleton(config), "config.json")
+    _guarded(lambda: names.under_module_names(files, model), "config.json")
     plan, state = _plan(files, settings["quantization_config"], model)
     _guarded(lambda: swap(model, plan), "config.json")
-    state = _checked_state(files, model, state)
     config.quantization_config = BitweenConfig(plan).to_dict()
-    model = _filled(type(model), config, state, dtype)
-    return model, _tokenizer(directory)
+    return files, config, model, state
+
+
+def check_saved(directory: str | os.PathLike, model: nn.Module) -> None:
+    """Read back what was written of a model: CheckpointError unless it loads, and holds the model's very tensors.
+
+    A new model of the written config is laid out without memory and compared with the files name by name, shape by
+    shape and dtype by dtype, as `load_model` does; then each tensor is compared with the model's own.
+    """
+    directory = Path(directory)
+    files, _, skeleton, state = _read(directory)
+    own = model.state_dict()
+    for name, tensor in _checked_state(files, skeleton, state).items():
+        if name not in own:
+            raise files.error("the saved model has no such tensor", name)
+        same = own[name].is_meta or torch.equal(tensor, own[name].detach().to("cpu", tensor.dtype))
+        if not same:
+            raise files.error("differs from the model's own", name)
 
 
 def _check_manifest(directory: Path) -> None:
@@ -133,16 +158,16 @@ def _checked_state(files: TensorFiles, model: nn.Module, state: dict[str, Any] |
     """Tensors by name, each of the dtype and shape that the model has for it; nothing missing, nothing left over."""
     expected = model.state_dict()
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    names = files.entries if state is None else state
+    given = files.names if state is None else state
     for name in expected:
-        if name not in names and ties.get(name) not in names:
+        if name not in given and ties.get(name) not in given:
             raise files.error("missing", name)
-    for name in names:
+    for name in given:
         if name not in expected:
             raise files.error("not a tensor of this model", name)
     found, parameters = {}, {name for name, _ in model.named_parameters()}
-    for name in names:
-        if state is None and files.entries[name].shape != tuple(expected[name].shape):
+    for name in given:
+        if state is None and name in files.entries and files.entries[name].shape != tuple(expected[name].shape):
             raise files.error(f"expected {tuple(expected[name].shape)}; got {files.entries[name].shape}", name)
         tensor = files.read(name) if state is None else state[name]
         _check_tensor(files, name, tensor, expected[name], name in parameters)

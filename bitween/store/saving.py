@@ -14,6 +14,7 @@ from bitween import __version__
 from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, sha256
 from bitween.store.files import atomic_directory, check_space
 from bitween.store.hub import attach, plan_of
+from bitween.store.loading import check_saved
 
 __all__ = ["Saved", "save_model"]
 
@@ -56,6 +57,8 @@ def save_model(
         as `bitween.attach`.
     FileExistsError
         the directory has files.
+    CheckpointError
+        what was written, read back, would not load as this model.
     OSError
         of the failed step; nothing is left under the name.
     """
@@ -70,6 +73,7 @@ def save_model(
         with warnings.catch_warnings():  # the card says it
             warnings.filterwarnings("ignore", message="written in bitween's own format")
             model.save_pretrained(folder, max_shard_size=max_shard_size)
+        check_saved(folder, model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(model, attached.format, certificate), encoding="utf-8")

@@ -113,7 +113,7 @@ def test_auto_round_comes_back_as_it_was_exported(tmp_path, schemes):
 
 
 def test_the_command_line_reads_it_as_packed_layers(tmp_path, tiny_tokenizer):
-    from bitween.cli import _load
+    from bitween.cli.inputs import load as _load
 
     weights = checkpoint(tmp_path, gptq())
     tiny_tokenizer.save_pretrained(tmp_path)
