@@ -9,6 +9,7 @@ import torch
 
 from bitween._progress import no_progress
 from bitween.model import blocks
+from bitween.model.experts import unfolded
 from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import Scheme
@@ -51,7 +52,8 @@ class Bitween:
         self.embeddings = embeddings
         self.sequence_length, self.calibration_samples, self.seed = sequence_length, calibration_samples, seed
         self.progress = progress
-        self.layout = blocks.inspect(model)
+        self._unfolded = unfolded(model)
+        self.layout = blocks.inspect(self._unfolded)
         blocks.check_finite(model)
         self._memory: MemoryAnalysis | None = None
 
@@ -87,7 +89,7 @@ class Bitween:
 
         dtype = self.layout.embedding.module.weight.dtype
         if METHODS[method].needs < Needs.HESSIAN:
-            candidate = Candidate(self.model, self.layout)
+            candidate = Candidate(self._unfolded, self.layout)
             self._direct(candidate, plan, method)
         else:
             candidate = self._calibrated(plan, method, calibration_data)
@@ -103,7 +105,8 @@ class Bitween:
         ends = {self.layout.embedding.name, self.layout.head.name}
         found = []
         for layer in self.layout.layers:
-            if layer.plain and not layer.matches(patterns) and (self.embeddings or layer.name not in ends):
+            free = layer.plain and layer.kind != "router" and not layer.matches(patterns)
+            if free and (self.embeddings or layer.name not in ends):
                 found.append(layer)
         return found
 
@@ -123,7 +126,7 @@ class Bitween:
         if self.tokenizer is None and not isinstance(calibration_data, torch.Tensor):
             raise TypeError(f"tokenizer: expected a tokenizer, since {method} needs text; got None")
         context = RunContext.build(
-            self.model,
+            self._unfolded,
             self.tokenizer,
             calibration_data=calibration_data,
             calibration_samples=self.calibration_samples,

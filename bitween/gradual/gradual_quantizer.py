@@ -24,8 +24,8 @@ from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
 from bitween.gradual.scores.fisher import candidate_schemes, to_items
 from bitween.gradual.utils import budget_nats, check_at_least, check_share
 from bitween.model import blocks
+from bitween.model.experts import shared_copy, unfolded
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
-from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
@@ -262,7 +262,7 @@ class GradualQuantizer:
 
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
-        base = shared_copy(self.model)
+        base = shared_copy(unfolded(self.model))
         for parameter in base.parameters():  # tied weights stay tied: they are one parameter
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

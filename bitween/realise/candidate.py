@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from bitween.model import blocks
+from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.quantized_tensor import QuantizedTensor
 
 __all__ = ["Candidate", "shared_copy"]
-
-
-def shared_copy(model: Any) -> Any:
-    """A model of its own modules in the very memory of `model`; giving it other weights leaves `model` alone."""
-    memo: dict[int, Any] = {id(t): t for t in model.buffers()}
-    memo |= {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 class Candidate:
@@ -36,7 +29,7 @@ class Candidate:
 
     def __init__(self, original: Any, layout: blocks.ModelLayout):
         self.original = layout
-        self.model = shared_copy(original)
+        self.model = shared_copy(unfolded(original))
         self.stored: dict[str, QuantizedTensor] = {}
         self._gains: dict[str, torch.nn.Parameter] = {}  # of norms that hold others now: what they held
         self._modules = {name: self.model.get_submodule(name) for x in layout.layers for name in (x.name, *x.shared)}
@@ -89,6 +82,7 @@ class Candidate:
             bias = None if module.bias is None else module.bias.detach().to(dtype)
             for name in (layer.name, *layer.shared):
                 self.model.set_submodule(name, QuantizedLinear.from_quantized(tensor, bias=bias))
+        fold_untouched(self.model)
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != dtype:

@@ -11,6 +11,7 @@ import torch
 import bitween
 from bitween._progress import Progress, no_progress
 from bitween.model import blocks
+from bitween.model.experts import unfolded
 from bitween.text import calibration
 
 __all__ = ["Reference", "RunContext"]
@@ -73,6 +74,7 @@ class RunContext:
         progress: Progress = no_progress,
     ) -> RunContext:
         """Inspect the model and cut the text into windows. Sample counts are windows of `length` tokens, at most."""
+        model = unfolded(model)
         layout = blocks.inspect(model)
         blocks.check_finite(model)
         limit = getattr(model.config, "max_position_embeddings", None)

@@ -57,9 +57,10 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
     config = _config(directory, settings, len(files.entries))
     model = _guarded(lambda: _skeleton(config), "config.json")
     plan, state = _plan(files, settings["quantization_config"], model)
-    _guarded(lambda: swap(model, plan), "config.json")
+    transposed = settings["quantization_config"].get("transposed_experts", ())
+    _guarded(lambda: swap(model, plan, transposed), "config.json")
     state = _checked_state(files, model, state)
-    config.quantization_config = BitweenConfig(plan).to_dict()
+    config.quantization_config = BitweenConfig(plan, transposed_experts=transposed).to_dict()
     model = _filled(type(model), config, state, dtype)
     return model, _tokenizer(directory)
 
@@ -111,7 +112,13 @@ def _plan(
     """The plan, and the tensors under bitween's names; None where the files hold them so."""
     method, state = quantization.get("quant_method"), None
     if method == METHOD:
-        unknown = set(quantization) - {"quant_method", "plan", "schema_version", "bitween_version"}
+        unknown = set(quantization) - {
+            "quant_method",
+            "plan",
+            "schema_version",
+            "bitween_version",
+            "transposed_experts",
+        }
         if unknown and quantization.get("schema_version") == SCHEMA_VERSION:
             raise CheckpointError(f"quantization_config: unknown field {sorted(unknown)[0]!r}", "config.json")
         known = {key: value for key, value in quantization.items() if key not in unknown}
