@@ -173,6 +173,14 @@ class ExpertWeight:
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.dense()[index]
 
+    def __add__(self, other: Any) -> torch.Tensor:
+        return self.dense() + other
+
+    def __mul__(self, other: Any) -> torch.Tensor:
+        return self.dense() * other
+
+    __radd__, __rmul__ = __add__, __mul__
+
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """A product with rows calls the layer; all else gets the numbers."""
