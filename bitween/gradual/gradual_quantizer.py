@@ -195,6 +195,7 @@ class GradualQuantizer:
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
+        self._report.unreached_experts.extend(sorted(optimizer.realiser.unreached))
         model.bitween_report = self._report
         return model
 

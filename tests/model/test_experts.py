@@ -153,3 +153,29 @@ def test_the_gradual_quantizer_plans_each_expert():
     assert report.memory.reduction >= 0.5
     assert "model.layers.0.mlp.experts.down_proj.2" in report.plan
     assert torch.isfinite(logits(model, tokens())).all()
+
+
+def test_experts_that_no_text_reaches_are_counted():
+    model = make("gpt_oss", **FAMILIES["gpt_oss"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.router.bias[3] = -1e4  # never among the chosen
+    ids = torch.randint(3, VOCABULARY, (48, 32), generator=torch.Generator().manual_seed(2))
+    quantizer = GradualQuantizer(
+        model,
+        None,
+        target_memory_reduction=0.8,
+        calibration_data=ids,
+        calibration_samples=8,
+        evaluation_samples=16,
+        sequence_length=32,
+        on_conflict="memory",
+        distillation_steps=0,
+        certify=False,
+        importance=False,
+    )
+    quantizer.quantize()
+    report = quantizer.get_quantization_report()
+    assert report.unreached_experts
+    assert all(name.endswith(".3") for name in report.unreached_experts)
+    assert "reached by no calibration text" in str(report)
