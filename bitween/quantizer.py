@@ -122,7 +122,8 @@ class Bitween:
         ends = {self.layout.embedding.name, self.layout.head.name}
         found = []
         for layer in self.layout.layers:
-            if layer.plain and not layer.matches(patterns) and (self.embeddings or layer.name not in ends):
+            free = layer.plain and layer.kind != "router" and not layer.matches(patterns)
+            if free and (self.embeddings or layer.name not in ends):
                 found.append(layer)
         return found
 
@@ -157,9 +158,9 @@ class Bitween:
 
 
 def _copy(model: Any) -> Any:
-    from bitween.realise.candidate import shared_copy
+    from bitween.model.experts import shared_copy, unfolded
 
-    return shared_copy(getattr(model, "_orig_mod", model))
+    return unfolded(shared_copy(getattr(model, "_orig_mod", model)))
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:

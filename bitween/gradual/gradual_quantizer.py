@@ -28,9 +28,9 @@ from bitween.gradual.scores.fisher import candidate_schemes
 from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
+from bitween.model.experts import shared_copy, unfolded
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.model.patterns import checked_patterns
-from bitween.realise.candidate import shared_copy
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
@@ -153,7 +153,7 @@ class GradualQuantizer:
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         check_own_weights(model)
-        self.layout = blocks.inspect(shared_copy(model))  # the user's own modules may run elsewhere meanwhile
+        self.layout = blocks.inspect(unfolded(shared_copy(model)))  # the user's own modules may run elsewhere meanwhile
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
         self.sizes = Sizes(
@@ -215,6 +215,7 @@ class GradualQuantizer:
         self._report = self._make_report(
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
+        self._report.unreached_experts.extend(sorted(optimizer.realiser.unreached))
         model.bitween_report = self._report
         self._tell(story.delivered, self._report.memory, conflict)
         return model
@@ -285,7 +286,7 @@ class GradualQuantizer:
 
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
-        base = shared_copy(self.model)
+        base = shared_copy(unfolded(self.model))
         for parameter in base.parameters():  # tied weights stay tied: they are one parameter
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

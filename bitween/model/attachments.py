@@ -53,7 +53,17 @@ def check_attachments(model: nn.Module, layers: Iterable[Layer]) -> None:
     """ValueError, with the module's name, for what stands on layers that are to be replaced and would be lost."""
     for layer in layers:
         for name in (layer.name, *layer.shared):
-            _check(name, model.get_submodule(name))
+            _check(name, _holder(model, name))
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name; of one matrix in a stack of experts the module that holds the stack."""
+    while name:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+    return model
 
 
 def _check(name: str, module: nn.Module) -> None:

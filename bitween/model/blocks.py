@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitween.layers import tiles
+from bitween.model.experts import unfolded
 from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
@@ -32,7 +33,8 @@ class Context:
 def inspect(model: nn.Module) -> ModelLayout:
     """Describe a causal language model: embedding, blocks, tail, head and their linear layers.
 
-    Runs one block on a few tokens to see what follows the last block; the model is left as it was.
+    Runs one block on a few tokens to see what follows the last block; the model is left as it was. Of a model with
+    experts in 3-D parameters the unfolded copy is described, whose memory is the model's (`bitween.model.experts`).
 
     Raises
     ------
@@ -41,7 +43,7 @@ def inspect(model: nn.Module) -> ModelLayout:
         the meta device, on several devices, or neither float32, float16 nor bfloat16; or the model
         does not run its blocks one after the other.
     """
-    model = _unwrap(model)
+    model = unfolded(_unwrap(model))
     embedding, blocks, head, others, kept = find_parts(model)
     names = {module: name for name, module in model.named_modules()}
     replay = Replay(model, [block.name for block in blocks], head.name)
@@ -83,7 +85,7 @@ class BlockRunner:
     def __init__(self, model: nn.Module, layout: ModelLayout, *, products: str = "auto", check: bool = True):
         if products not in ("auto", "bf16", "fp32"):
             raise ValueError(f'products: expected "auto", "bf16" or "fp32"; got {products!r}')
-        self.model = _unwrap(model)
+        self.model = unfolded(_unwrap(model))
         self.layout = layout
         self.device = next(self.model.parameters()).device
         bf16 = self.device.type != "cpu" or tiles.cpu_has_bf16()

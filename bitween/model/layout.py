@@ -8,12 +8,13 @@ import fnmatch
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from bitween.layers.embedding import lookup_scale
+from bitween.model.experts import experts_of, routers_of
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,8 +29,10 @@ class Layer:
         Path of the module inside the model, as ``model.named_modules()`` spells it.
     module : nn.Module
         The module itself.
-    kind : {"linear", "conv1d", "embedding"}
-        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed.
+    kind : {"linear", "conv1d", "embedding", "expert", "router"}
+        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "expert" is one expert's
+        matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
+        experts and stays in full precision: a small change of it sends tokens elsewhere.
     shape : (int, int)
         Rows and columns of the weight: (outputs, inputs), for an embedding (tokens, width). A
         Conv1D is given in this order too, although it stores the transpose.
@@ -187,6 +190,7 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
         raise ValueError(f"model: expected at least one linear layer; {type(model).__name__} has none")
 
     listed: set[tuple] = set()
+    kinds = {**dict.fromkeys(experts_of(model), "expert"), **dict.fromkeys(routers_of(model), "router")}
     embedding = _end(model, model.get_input_embeddings(), "input embedding", paths, names)
     listed.add(_weight_key(embedding.module))
     head = _end(model, model.get_output_embeddings(), "output head", paths, names)
@@ -197,8 +201,8 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
     for i, member in enumerate(members):
         prefix = f"{list_name}.{i}"
         inside = [(f"{prefix}.{n}", m) for n, m in member.named_modules()]
-        blocks.append(Block(prefix, member, _new_layers(inside, names, listed)))
-    others = _new_layers(paths, names, listed)
+        blocks.append(Block(prefix, member, _new_layers(inside, names, listed, kinds)))
+    others = _new_layers(paths, names, listed, kinds)
     layers = (embedding, head, *others, *(layer for block in blocks for layer in block.layers))
     _check_dtypes(layers)
     return embedding, tuple(blocks), head, others, _kept(model, layers)
@@ -262,7 +266,7 @@ def _end(model, module, role: str, paths, names) -> Layer:
     return _make_layer(name, module, names)
 
 
-def _new_layers(paths, names, listed: set[tuple]) -> tuple[Layer, ...]:
+def _new_layers(paths, names, listed: set[tuple], kinds: dict[str, str]) -> tuple[Layer, ...]:
     """Linear layers among `paths` whose weight is not listed yet; lists them."""
     layers = []
     for name, module in paths:
@@ -271,7 +275,8 @@ def _new_layers(paths, names, listed: set[tuple]) -> tuple[Layer, ...]:
         key = _weight_key(module)
         if key not in listed:
             listed.add(key)
-            layers.append(_make_layer(name, module, names))
+            layer = _make_layer(name, module, names)
+            layers.append(replace(layer, kind=kinds.get(name, layer.kind)))
     return tuple(layers)
 
 

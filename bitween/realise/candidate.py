@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from bitween.model import blocks
-from bitween.model.memory import stored_again
+from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise import delivery
 
 __all__ = ["Candidate", "shared_copy"]
-
-
-def shared_copy(model: Any) -> Any:
-    """A model of its own modules in the very memory of `model`; giving it other weights leaves `model` alone.
-
-    A head that repeats the embedding number by number in memory of its own is tied to it in the copy.
-
-    Quantizers work on such copies only, so that a model may run, or be quantized a second time, in another thread.
-    """
-    parameters = {id(p): torch.nn.Parameter(_recordable(p.detach()), p.requires_grad) for p in model.parameters()}
-    if (again := stored_again(model)) is not None:  # it is quantized once, as it is counted once
-        parameters[id(again)] = parameters[id(model.get_input_embeddings().weight)]
-    memo: dict[int, Any] = {id(t): _recordable(t.detach()) for t in model.buffers()}
-    memo |= parameters
-    return copy.deepcopy(model, memo)
-
-
-def _recordable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; a copy of one made in inference mode, through which no gradient could be recorded."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Candidate:
@@ -51,7 +30,7 @@ class Candidate:
 
     def __init__(self, original: Any, layout: blocks.ModelLayout):
         self.original = layout
-        self.model = shared_copy(original)
+        self.model = shared_copy(unfolded(original))
         self.stored: dict[str, QuantizedTensor] = {}
         self._gains: dict[str, torch.nn.Parameter] = {}  # of norms that hold others now: what they held
         self._modules = {name: self.model.get_submodule(name) for x in layout.layers for name in (x.name, *x.shared)}
@@ -103,6 +82,7 @@ class Candidate:
         for layer in self.original.layers:
             if layer.name in self.stored:
                 self._install(layer, self.stored[layer.name], dtype)
+        fold_untouched(self.model)
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != dtype:

@@ -12,6 +12,7 @@ import bitween
 from bitween._progress import Progress, no_progress
 from bitween.model import blocks
 from bitween.model.attachments import check_own_weights
+from bitween.model.experts import unfolded
 from bitween.text import calibration
 
 __all__ = ["Reference", "RunContext", "cut_text"]
@@ -100,6 +101,7 @@ class RunContext:
     ) -> RunContext:
         """Inspect the model, and cut the text into windows as `cut_text` does with the remaining options."""
         check_own_weights(model)
+        model = unfolded(model)
         layout = blocks.inspect(model)
         blocks.check_finite(model)
         text = text or cut_text(model, layout, tokenizer, seed=seed, **options)

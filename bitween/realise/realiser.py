@@ -72,6 +72,7 @@ class Realiser:
         self.candidate = Candidate(context.model, context.layout)
         self.windows = context.text.calibration.ids[:calibration_windows]
         self._one_pass = one_pass
+        self.unreached: set[str] = set()  # experts that no calibration token was routed to, so rounded by their weights
         self._runner: blocks.BlockRunner | None = None
 
     @property
@@ -128,7 +129,9 @@ class Realiser:
             for i, block in enumerate(layout.blocks):
                 part = steps.part(f"block {i}")
                 if part is None:
-                    quantizer.run_block(i, plan, batches)
+                    done = quantizer.run_block(i, plan, batches)
+                    without = {x.layer.name for x in done if x.layer.kind == "expert" and x.method == "clip"}
+                    self.unreached |= {name for name in without if methods[name] != "clip"}
                     steps.put_part(f"block {i}", self._stored_of(block.layers))
                 else:
                     quantizer.take_block(i, plan, batches, part)

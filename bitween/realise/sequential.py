@@ -11,7 +11,7 @@ stand one block's Hessians, and with a single batch of windows one block's inner
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -217,7 +217,7 @@ class SequentialQuantizer:
         layers = self._wanted(i, plan)
         results: list[LayerResult] = []
         aims = entering is not None and self._aims(plan)
-        for names in self.runner.shared_inputs(i):
+        for names in _stages(self.runner.shared_inputs(i), layers):
             wanted = [layers[name] for name in names if name in layers]
             if not wanted:
                 continue
@@ -322,8 +322,9 @@ class SequentialQuantizer:
         found: dict[str, Hessian] = {}
         for k, (groups, exact) in enumerate(inputs):
             for names, x in groups.items():
-                reference = None if exact is None else _of(exact, names, x)
                 here = [layer for layer in wanted if layer.name in names]
+                alike = not any(layer.kind == "expert" for layer in here)
+                reference = None if exact is None else _of(exact, names, x) if alike else x
                 for j, layer in enumerate(here):
                     if j and self.token_weights is None:
                         found[layer.name] = found[here[0].name]
@@ -379,9 +380,20 @@ class SequentialQuantizer:
         return done
 
 
+def _stages(groups: Iterable[tuple[str, ...]], layers: Mapping[str, Layer]) -> list[tuple[str, ...]]:
+    """Groups of layers in the order in which they are quantized; the experts of one stack, which can't read each
+    other's outputs, go together, or the block would run once for each of them."""
+    stages: dict[str, tuple[str, ...]] = {}
+    for names in groups:
+        expert = names[0] in layers and layers[names[0]].kind == "expert"
+        key = names[0].rpartition(".")[0] if expert else names[0]
+        stages[key] = (*stages.get(key, ()), *names)
+    return list(stages.values())
+
+
 def _of(exact: Mapping[tuple[str, ...], torch.Tensor], names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
-    """What the untouched model feeds layers; what they are fed now where the tokens are not the same (experts, whose
-    router decides anew)."""
+    """What the untouched model feeds layers; what they are fed now where the number of tokens is not the same. Experts
+    never come here: their router decides anew, and as many tokens need not be the same tokens."""
     found = next((y for known, y in exact.items() if set(known) & set(names)), None)
     return x if found is None or found.numel() != x.numel() else found
 

@@ -72,6 +72,7 @@ class QuantizationReport:
     uniform : the best uniform scheme of at most the same bytes, measured
     seconds : {stage: seconds}
     machine : what it ran on
+    unreached_experts : experts that no calibration token was routed to; they were rounded by their weights alone
     """
 
     targets: dict[str, Any]
@@ -88,6 +89,7 @@ class QuantizationReport:
     uniform: dict[str, Any] | None
     seconds: dict[str, float]
     machine: dict[str, Any] = field(default_factory=machine)
+    unreached_experts: list[str] = field(default_factory=list)
 
     @property
     def average_bits(self) -> float:
@@ -121,6 +123,8 @@ class QuantizationReport:
             lines.append(f"  uniform   best of at most these bytes: {self.uniform['text']}")
         if self.conflict:
             lines.append(f"  conflict  {self.conflict['text']}")
+        if self.unreached_experts:
+            lines.append(f"  experts   {len(self.unreached_experts)} were reached by no calibration text")
         if m.peak:
             lines.append(f"  peak      {m.peak / 2**20:,.0f} MiB of memory for this process")
         spent = ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())

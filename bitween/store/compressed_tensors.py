@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bitween.layers import QuantizedEmbedding, packed_layers
+from bitween.model.experts import experts_of
 from bitween.scheme import COMMON_BITS, Scheme
 from bitween.store.checkpoint import CheckpointError, TensorFiles
 
@@ -38,9 +39,11 @@ def supports(scheme: Scheme, shape: tuple[int, int]) -> str | None:
 
 def reasons(model: nn.Module) -> dict[str, str]:
     """{layer: why the format cannot hold it} of a quantized model; empty when all fits."""
-    found = {}
+    found, experts = {}, experts_of(model)
     for name, module in packed_layers(model):
-        if isinstance(module, QuantizedEmbedding):
+        if name in experts:
+            found[name] = "one of a stack of experts, whose names there differ with the architecture"
+        elif isinstance(module, QuantizedEmbedding):
             found[name] = "an embedding; it holds linear layers"
         elif "codes" not in module._buffers:
             continue  # a head that shares an embedding's codes, which is refused by itself

@@ -8,6 +8,7 @@ bitween, wherever that format holds every layer; bitween's own format otherwise.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitween import __version__
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
+from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors, names
 from bitween.store.checkpoint import SCHEMA_VERSION, CheckpointError, read_header
@@ -37,6 +39,7 @@ class BitweenConfig(QuantizationConfigMixin):
     plan : {layer name: Scheme or its text, as "4b g64 sym"}
     schema_version : int, of the format; a newer one than this bitween knows is refused
     bitween_version : str, of the writer
+    transposed_experts : names of 3-D parameters, now stacks of experts, whose slices were (inputs, outputs)
     """
 
     def __init__(
@@ -45,7 +48,10 @@ class BitweenConfig(QuantizationConfigMixin):
         schema_version: int = SCHEMA_VERSION,
         bitween_version: str = __version__,
         quant_method: str = METHOD,
+        transposed_experts: Any = (),
     ) -> None:
+        if not isinstance(transposed_experts, (list, tuple)) or not all(isinstance(n, str) for n in transposed_experts):
+            raise CheckpointError(f"transposed_experts: expected a list of names; got {transposed_experts!r}")
         if type(schema_version) is not int or schema_version < 1:
             raise CheckpointError(f"schema_version: expected a positive integer; got {schema_version!r}")
         if schema_version > SCHEMA_VERSION:
@@ -59,6 +65,8 @@ class BitweenConfig(QuantizationConfigMixin):
         self.schema_version = schema_version
         self.bitween_version = str(bitween_version)
         self.plan = {name: str(scheme) for name, scheme in _parsed(plan).items()}
+        if transposed_experts:  # absent otherwise, so that files without experts stay as every version reads them
+            self.transposed_experts = list(transposed_experts)
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -88,7 +96,8 @@ class BitweenQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        swap(model, self.quantization_config.schemes)
+        config = self.quantization_config
+        swap(model, config.schemes, getattr(config, "transposed_experts", ()))
         _keep_own_names(model)
         if kwargs.get("checkpoint_files"):
             self._check_files(model, kwargs["checkpoint_files"])
@@ -193,7 +202,7 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
         raise ValueError("format: compressed-tensors cannot hold " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     _untie(model)
     if reasons or format == "native":
-        config = BitweenConfig(found)
+        config = BitweenConfig(found, transposed_experts=transposed_stacks(model))
         model.hf_quantizer = BitweenQuantizer(config)
         model.config.quantization_config = config
         return Attached("native", reasons)
@@ -202,14 +211,18 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
     return Attached("compressed-tensors", {})
 
 
-def swap(model: nn.Module, plan: dict[str, Scheme]) -> None:
+def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable[str] = ()) -> None:
     """Replace the layers that the plan names by empty quantized ones, on the device of their weights (often meta).
+
+    A 3-D parameter of which the plan names experts becomes a stack of layers first; `transposed_experts` names those
+    that hold (experts, inputs, outputs).
 
     Raises
     ------
     CheckpointError
         when a name is not that of a linear layer or an embedding.
     """
+    unfold(model, stacks_of_plan(model, plan, transposed_experts))
     for name, scheme in plan.items():
         try:
             old = model.get_submodule(name)

@@ -67,8 +67,9 @@ def _read(directory: Path) -> tuple[TensorFiles, Any, nn.Module, dict[str, torch
     model = _guarded(lambda: _skeleton(config), "config.json")
     _guarded(lambda: names.under_module_names(files, model), "config.json")
     plan, state = _plan(files, settings["quantization_config"], model)
-    _guarded(lambda: swap(model, plan), "config.json")
-    config.quantization_config = BitweenConfig(plan).to_dict()
+    transposed = settings["quantization_config"].get("transposed_experts", ())
+    _guarded(lambda: swap(model, plan, transposed), "config.json")
+    config.quantization_config = BitweenConfig(plan, transposed_experts=transposed).to_dict()
     return files, config, model, state
 
 
@@ -136,7 +137,13 @@ def _plan(
     """The plan, and the tensors under bitween's names; None where the files hold them so."""
     method, state = quantization.get("quant_method"), None
     if method == METHOD:
-        unknown = set(quantization) - {"quant_method", "plan", "schema_version", "bitween_version"}
+        unknown = set(quantization) - {
+            "quant_method",
+            "plan",
+            "schema_version",
+            "bitween_version",
+            "transposed_experts",
+        }
         if unknown and quantization.get("schema_version") == SCHEMA_VERSION:
             raise CheckpointError(f"quantization_config: unknown field {sorted(unknown)[0]!r}", "config.json")
         known = {key: value for key, value in quantization.items() if key not in unknown}

@@ -321,7 +321,8 @@ def _find_pairs(probe: _Probe, events: list[_Event]) -> tuple[list[Pair], dict[s
 
 
 def _can_change(layer: Layer) -> bool:
-    return not layer.quantized and not layer.shared
+    """Experts are left out: which tokens reach them depends on what is changed before them."""
+    return not layer.quantized and not layer.shared and layer.kind not in ("expert", "router")
 
 
 def _passes_channels(

@@ -63,13 +63,13 @@ def test_a_model_loses_less_than_with_gptq_and_comes_back_from_disk(bits, tiny_m
 
 def test_bad_input():
     weight = weights(32, 64)
-    with pytest.raises(ValueError, match="bits: expected one of 1, 1.5"):
+    with pytest.raises(ValueError, match=r"bits: expected one of 1, 1\.5"):
         Scheme.trellis(2.25)
     with pytest.raises(ValueError, match="width: expected 10 to 16"):
         Scheme.trellis(2, 9)
-    with pytest.raises(ValueError, match="method: expected 'trellis' for a trellis scheme"):
+    with pytest.raises(ValueError, match="method: expected 'trellis' for"):
         bitween.quantize(weight, Scheme.trellis(3))
-    with pytest.raises(ValueError, match="method: expected 'trellis' for a trellis scheme"):
+    with pytest.raises(ValueError, match="method: expected 'trellis' for"):
         bitween.quantize(weight, Scheme(3), method="trellis")
     with pytest.raises(ValueError, match="coding: expected"):
         Scheme(3, coding="lattice")

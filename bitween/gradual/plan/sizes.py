@@ -66,7 +66,7 @@ class Sizes:
 
     def ignored(self, layer: blocks.Layer) -> bool:
         """Whether the layer stays as it is."""
-        if not layer.plain or (layer.kind == "embedding" and not self.target.embeddings):
+        if not layer.plain or layer.kind == "router" or (layer.kind == "embedding" and not self.target.embeddings):
             return True
         return layer.matches(self.ignore_layers)
 
