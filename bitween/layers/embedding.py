@@ -121,6 +121,16 @@ class QuantizedEmbedding(Packed):
         """A table of zero codes, to be filled by `load_state_dict`; any `scale` but 1 makes room for one."""
         return cls(empty_stored(num_embeddings, embedding_dim, scheme, device), dtype, padding_idx, scale)
 
+    @classmethod
+    def empty_like(cls, module: nn.Module, scheme: Scheme) -> QuantizedEmbedding | None:
+        """An empty table for what an nn.Embedding holds; None for any other module."""
+        if not isinstance(module, nn.Embedding):
+            return None
+        # One with arithmetic of its own keeps a number in the checkpoint; a skeleton on meta cannot be asked for it.
+        scale = None if type(module).forward is nn.Embedding.forward else 0.0
+        shape, weight = (module.num_embeddings, module.embedding_dim), module.weight
+        return cls.empty(*shape, scheme, weight.dtype, module.padding_idx, weight.device, scale)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.reshape(-1).to(torch.int64)
         if not by_torch_alone(ids):

@@ -120,6 +120,18 @@ class QuantizedLinear(Packed):
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         return cls(empty_stored(out_features, in_features, scheme, device), zeros, dtype)
 
+    @classmethod
+    def empty_like(cls, module: nn.Module, scheme: Scheme) -> QuantizedLinear | None:
+        """An empty layer for what an nn.Linear or transformers' Conv1D holds; None for any other module."""
+        if isinstance(module, nn.Linear):
+            cols, rows = module.in_features, module.out_features
+        elif hasattr(module, "nf"):
+            cols, rows = module.nx, module.nf
+        else:
+            return None
+        weight = module.weight
+        return cls.empty(cols, rows, scheme, module.bias is not None, weight.dtype, weight.device)
+
     @staticmethod
     def tied_to(embedding: QuantizedEmbedding, bias: torch.Tensor | None = None) -> QuantizedLinear:
         """A head on the memory of an embedding: nothing is stored twice, and `state_dict` holds it once."""

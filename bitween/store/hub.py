@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitween import __version__
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
+from bitween.layers.kinds import empty_like
 from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors, names
@@ -228,7 +229,7 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
             old = model.get_submodule(name)
         except AttributeError:
             raise CheckpointError("the plan names it, the model has no such layer", tensor=name) from None
-        new = _empty_like(old, scheme)
+        new = empty_like(old, scheme)
         if new is None:
             kind = type(old).__name__
             raise CheckpointError(f"expected a linear layer or an embedding to quantize; got {kind}", tensor=name)
@@ -275,19 +276,6 @@ def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> Non
             raise CheckpointError("expected five ternary digits a byte, at most 242", tensor=f"{name}.codes")
         if module.zeros is not None and bool((module.zeros & (module.zeros >> 1) & 0x55).any()):
             raise CheckpointError("expected ternary zeros of at most 2", tensor=f"{name}.zeros")
-
-
-def _empty_like(old: nn.Module, scheme: Scheme) -> nn.Module | None:
-    weight = getattr(old, "weight", None)
-    if isinstance(old, nn.Linear) or hasattr(old, "nf"):
-        cols, rows = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (old.nx, old.nf)
-        return QuantizedLinear.empty(cols, rows, scheme, old.bias is not None, weight.dtype, weight.device)
-    if isinstance(old, nn.Embedding):
-        shape = old.num_embeddings, old.embedding_dim
-        # One with arithmetic of its own keeps a number in the checkpoint; a skeleton on meta cannot be asked for it.
-        scale = None if type(old).forward is nn.Embedding.forward else 0.0
-        return QuantizedEmbedding.empty(*shape, scheme, weight.dtype, old.padding_idx, weight.device, scale)
-    return None
 
 
 def _untie(model: nn.Module) -> None:
