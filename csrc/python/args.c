@@ -98,8 +98,8 @@ int bw_arg_flag(const char *name, PyObject *value, int *out) {
 
 int bw_arg_float(const char *name, PyObject *value, double low, double high, double *out) {
     if (!value) return 0;
-    double number = PyFloat_AsDouble(value);
-    if (number == -1.0 && PyErr_Occurred()) {
+    double number = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
+    if (PyBool_Check(value) || (number == -1.0 && PyErr_Occurred())) {
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError, "%s: expected a number; got %R", name, value);
         return -1;

@@ -126,7 +126,9 @@ PyObject *bw_py_dequantize_trellis(PyObject *module, PyObject *const *args, Py_s
         bw_arg_int("first", v[6], 0, PTRDIFF_MAX, &first) || acquire_views(v, &t) ||
         bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &matrix))
         goto done;
-    const int64_t shape[2] = {matrix.rows, t.tensor.cols};
+    /* Without `first` all rows are meant; with it as many as `out` has, or at most all that follow. */
+    int64_t left = first < t.tensor.rows ? t.tensor.rows - first : 0;
+    const int64_t shape[2] = {v[6] && matrix.rows < left ? matrix.rows : left, t.tensor.cols};
     if (bw_view_expect_shape("out", &out, 2, shape) || expect_apart(&out, &t)) goto done;
     bw_release_gil();
     status = bw_trellis_dequantize(&t.tensor, (ptrdiff_t)first, matrix.rows, matrix.dtype, out.data);

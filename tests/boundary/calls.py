@@ -51,6 +51,11 @@ def rounding(rows: int, cols: int) -> Arguments:
     }
 
 
+def tiles(rows: int, cols: int) -> Arguments:
+    (codes, scales, rates), *_ = _core.quantize_trellis(floats(rows, cols), None, 2.0, 10)
+    return {"codes": codes, "scales": scales, "rates": rates, "width": 10, "cols": cols}
+
+
 # name: (rows, cols) -> keyword arguments
 CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "quantize_rtn": lambda r, c: {"weight": floats(r, c), "scheme": KEY},
@@ -86,6 +91,9 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
         "layers": ((*stored(r, c).values(), floats(r)),),
         "outs": (floats(7, r),),
     },
+    "quantize_trellis": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "bits": 2.0, "width": 10},
+    "dequantize_trellis": lambda r, c: {**tiles(r, c), "out": floats(r, c)},
+    "matmul_trellis": lambda r, c: {"x": floats(7, c), **tiles(r, c), "bias": floats(r), "out": floats(7, r)},
     "pack": lambda r, c: {"codes": codes_of(r, c), "levels": 3},
     "unpack": lambda r, c: {"packed": _core.pack(codes_of(r, c), 3), "cols": c, "levels": 3},
     "hessian_add": lambda r, c: {

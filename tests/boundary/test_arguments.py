@@ -92,6 +92,8 @@ def test_row_23_wrong_scalar(name, value):
     for key in scalars_of(name):
         if inspect.signature(getattr(_core, name)).parameters[key].default is False and isinstance(value, bool):
             continue
+        if (name, key) == ("quantize_trellis", "bits") and isinstance(value, float) and value == 2.5:
+            continue  # bits of a trellis come in half steps
         with pytest.raises((TypeError, ValueError), match=r"^\w+: expected "):
             call(name, {**arguments(name), key: value})
 
@@ -167,6 +169,7 @@ def free_axis(name, key, axis):
     return (name, key, axis) in {
         ("unpack", "packed", 0),
         ("quantize_gptq", "weight", 0),
+        ("quantize_trellis", "weight", 0),
         ("align", "weight", 0),
         ("cross_entropy", "logits", 1),
     }
