@@ -80,7 +80,12 @@ def check_saved(directory: str | os.PathLike, model: nn.Module) -> None:
     shape and dtype by dtype, as `load_model` does; then each tensor is compared with the model's own.
     """
     directory = Path(directory)
-    files, _, skeleton, state = _read(directory)
+    try:
+        files, _, skeleton, state = _read(directory)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            raise error.__cause__ from None  # a fault of the machine, not of what was written
+        raise
     own = model.state_dict()
     for name, tensor in _checked_state(files, skeleton, state).items():
         if name not in own:
