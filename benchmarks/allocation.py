@@ -32,7 +32,7 @@ from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
 from bitween.gradual.plan.items import Item, Option
 from bitween.gradual.plan.planner import frontier
 from bitween.gradual.scores.fisher import candidate_schemes
-from bitween.realise.candidate import shared_copy
+from bitween.model.experts import shared_copy
 from bitween.realise.context import RunContext
 from bitween.text.calibration import TokenWindows
 

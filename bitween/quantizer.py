@@ -90,9 +90,8 @@ class Bitween:
             The packed layers compute something else than the plain numbers did.
         """
         method = _choose(rtn, trainable, method if method or rtn or trainable else self._own_method())
-        if method == "trellis":
-            self.scheme = Scheme.trellis(self.scheme.bits)
-        elif self.scheme.coding == "trellis":
+        scheme = Scheme.trellis(self.scheme.bits) if method == "trellis" else self.scheme
+        if method != "trellis" and scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
         patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
         from bitween.realise.candidate import Candidate
@@ -101,7 +100,7 @@ class Bitween:
         self.layout = blocks.inspect(base)
         wanted = self._wanted(patterns)
         check_attachments(self.model, wanted)
-        plan, ids = {layer.name: self.scheme for layer in wanted}, None
+        plan, ids = dict.fromkeys((layer.name for layer in wanted), scheme), None
         if METHODS[method].needs < Needs.HESSIAN:
             candidate = Candidate(base, self.layout)
             self._direct(candidate, plan, method)
@@ -134,7 +133,7 @@ class Bitween:
             if layer.name in plan:
                 candidate.put(layer, quantize(layer.weight, plan[layer.name], method=method))
             if self.progress:
-                self.progress(f"{method} {self.scheme}", done + 1, len(self.layout.layers), layer.name)
+                self.progress(_stage(method, plan), done + 1, len(self.layout.layers), layer.name)
 
     def _calibrated(self, base: Any, plan: dict[str, Scheme], method: str, calibration_data: Any) -> tuple[Any, Any]:
         from bitween.realise.context import RunContext
@@ -153,8 +152,12 @@ class Bitween:
             seed=self.seed,
         )
         realiser = Realiser(context, method=method, progress=self.progress or no_progress)
-        realiser.realise(plan, stage=f"{method} {self.scheme}")
+        realiser.realise(plan, stage=_stage(method, plan))
         return realiser.candidate, context.text.selection.ids[:1]
+
+
+def _stage(method: str, plan: dict[str, Scheme]) -> str:
+    return " ".join([method, *sorted({str(scheme) for scheme in plan.values()})])
 
 
 def _copy(model: Any) -> Any:

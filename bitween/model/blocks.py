@@ -52,6 +52,19 @@ def inspect(model: nn.Module) -> ModelLayout:
     return ModelLayout(embedding, blocks, tuple((names[module], module) for module in tail), head, others, kept)
 
 
+def check_described(model: nn.Module, layout: ModelLayout) -> None:
+    """ValueError unless `layout` describes the very modules of `model`.
+
+    That of a model with stacks of experts describes the unfolded copy: what changes the one would miss the other.
+    """
+    block = layout.blocks[0]
+    if _unwrap(model).get_submodule(block.name) is not block.module:
+        raise ValueError(
+            f"layout: expected that of the model itself; got that of another, as {block.name} shows. A model with "
+            "stacks of experts is worked on as bitween.model.experts.unfolded(model)"
+        )
+
+
 class BlockRunner:
     """Run a model block by block, with the model's own results.
 

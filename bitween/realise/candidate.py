@@ -12,7 +12,7 @@ from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise import delivery
 
-__all__ = ["Candidate", "shared_copy"]
+__all__ = ["Candidate"]
 
 
 class Candidate:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitween.layers.packed import Packed
+from bitween.model.precision import in_float32
 from bitween.model.replay import logits_of, settled
 
 __all__ = ["ALLOWED", "check_delivered", "default_window", "in_float32", "logits_in_float32", "write_tied_flag"]
@@ -26,23 +24,6 @@ def default_window(vocabulary: int, seed: int = 0) -> torch.Tensor:
     """Token ids (1, 64) for a run that has no text."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (1, _TOKENS), generator=generator)
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold half-precision weights in float32; the scales of packed layers keep their 16 bits, which are exact."""
-    held = [*model.parameters()]
-    for module in model.modules():
-        named = module.named_buffers(recurse=False)
-        held += [b for name, b in named if not (isinstance(module, Packed) and name == "scales")]
-    kept = [(t, t.data) for t in held if t.dtype in (torch.float16, torch.bfloat16)]
-    try:
-        for tensor, data in kept:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
 
 
 def logits_in_float32(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

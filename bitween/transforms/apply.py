@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bitween.model.blocks import Layer, ModelLayout, inspect
+from bitween.model.blocks import Layer, ModelLayout, check_described, inspect
+from bitween.model.precision import in_float32
 from bitween.model.replay import logits_of, settled
 from bitween.transforms.operators import Diagonal, Operator, PerHead, hadamard, orthogonal, rotation
 from bitween.transforms.plan import TransformPlan
 from bitween.transforms.scaling import ErrorFunction, ScaleChoice, choose_scales, group_range_error
-from bitween.transforms.structure import Pair, in_float32, spread
+from bitween.transforms.structure import Pair, spread
 
 _CHUNK = 1 << 22  # elements of a weight that are held in float64 at once, where its rows allow it
 _CHECK_TOKENS = 64
@@ -135,6 +136,7 @@ def apply(
     ValueError
         The logits changed by more than rounding explains (the model is as before), or a bad argument.
     """
+    check_described(model, layout)
     generator = torch.Generator().manual_seed(seed)
     edits = _Edits(layout)
     _fold(edits, plan)

@@ -5,14 +5,15 @@ the residual stream by adding up what the layers write, and a pair of layers bet
 scaled by scaling them and looking what arrives.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from bitween.model.blocks import BlockRunner, Context, Layer, ModelLayout
+from bitween.model.blocks import BlockRunner, Context, Layer, ModelLayout, check_described
+from bitween.model.precision import in_float32
 
 _TOLERANCE = 1e-4  # relative, for comparisons of float32 results
 _TOKENS = 8
@@ -97,6 +98,7 @@ class _Probe:
 
 def find_structure(model: nn.Module, layout: ModelLayout) -> Structure:
     """Watch `model` on a few tokens and describe its norms, its residual stream and its pairs of layers."""
+    check_described(model, layout)
     norms: list[Norm] = []
     pairs: list[Pair] = []
     writers: list[str] = []
@@ -126,19 +128,6 @@ def find_structure(model: nn.Module, layout: ModelLayout) -> Structure:
     readers = tuple(reader for norm in norms for reader in norm.readers)
     stream_reason = next(iter((*not_folded.values(), *reasons)), None)
     return Structure(tuple(norms), tuple(pairs), readers, tuple(writers), not_folded, stream_reason, pair_reasons)
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold half-precision weights in float32; on exit the very tensors from before are back."""
-    kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    try:
-        for tensor, data in kept:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
 
 
 # ---- watching -------------------------------------------------------------------------------------

@@ -78,3 +78,13 @@ def test_bad_input():
     for matrix in (np.zeros((32, 64), np.float32), np.full((32, 64), 1e-30, np.float32)):
         stored = bitween.quantize(matrix, Scheme.trellis(3), method="trellis")
         assert np.abs(stored.dequantize()).max() < 1e-4
+
+
+def test_one_quantizer_serves_several_methods(tiny_model):
+    """A method chosen once leaves no mark on the next."""
+    quantizer = Bitween(tiny_model, bits=3, group_size=32)
+    ids = torch.arange(3, 131).reshape(8, 16)
+    coded = quantizer.quantize(method="trellis", calibration_data=ids)
+    rounded = quantizer.quantize(method="rtn")
+    assert {module.scheme for _, module in packed_layers(coded)} == {Scheme.trellis(3)}
+    assert {module.scheme for _, module in packed_layers(rounded)} == {Scheme(3, 32)}

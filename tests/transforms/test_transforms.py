@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitween.model.blocks import inspect
+from bitween.model.experts import unfolded
 from bitween.transforms import apply, group_range_error, plan_transforms
 from bitween.transforms.operators import Diagonal, PerHead, hadamard, orthogonal, rotation
 from bitween.transforms.scaling import choose_scales
@@ -19,6 +20,7 @@ ALL = ("fold", "rotate", "heads", "scale")
 
 def transformed(model, steps=ALL, untie="auto", **options):
     """Logits before and after, the report and the plan; steps as asked for."""
+    model = unfolded(model)
     layout = inspect(model)
     plan = plan_transforms(model, layout, steps, untie=untie)
     before = logits(model, tokens())
@@ -255,7 +257,8 @@ def test_untying_is_priced_and_decided_by_bytes():
     assert plan_transforms(model, inspect(model), table_bits=2.0).untie.decided
     assert "rotate" in plan_transforms(model, inspect(model), untie=True).steps
     assert plan_transforms(model, inspect(model), untie=False, table_bits=0.1).untie.decided is False
-    assert plan_transforms(make("llama"), inspect(make("llama"))).untie is None
+    apart = make("llama")
+    assert plan_transforms(apart, inspect(apart)).untie is None
 
 
 def test_a_tied_model_keeps_its_tie_where_it_is_not_rotated():
@@ -336,3 +339,15 @@ def test_bad_arguments():
         plan_transforms(model, layout, untie="maybe")
     with pytest.raises(ValueError, match='"hadamard" or "random"; got \'givens\''):
         apply(model, layout, plan_transforms(model, layout), rotation_kind="givens")
+
+
+def test_a_layout_of_other_modules_is_refused():
+    """That of a model with stacks of experts describes a copy, and changes of the copy would miss the model."""
+    model = make("mixtral", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="layout: expected that of the model itself"):
+        plan_transforms(model, inspect(model))
+    copy = unfolded(model)
+    layout = inspect(copy)
+    plan = plan_transforms(copy, layout)
+    with pytest.raises(ValueError, match="layout: expected that of the model itself"):
+        apply(model, layout, plan)
