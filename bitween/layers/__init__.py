@@ -1,15 +1,7 @@
 """Torch modules on packed bytes."""
 
-from __future__ import annotations
+from bitween.layers.embedding import QuantizedEmbedding
+from bitween.layers.linear import QuantizedLinear, set_matmul_mode
+from bitween.layers.packed import packed_layers
 
-from bitween._lazy import lazily
-
-_PUBLIC = {
-    "QuantizedEmbedding": "embedding",
-    "QuantizedLinear": "linear",
-    "packed_layers": "packed",
-    "set_matmul_mode": "linear",
-}
-
-__all__ = list(_PUBLIC)
-__getattr__, __dir__ = lazily(__name__, _PUBLIC)
+__all__ = ["QuantizedEmbedding", "QuantizedLinear", "packed_layers", "set_matmul_mode"]
