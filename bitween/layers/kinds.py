@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from bitween.layers.conv import QuantizedConv
 from bitween.layers.embedding import QuantizedEmbedding
 from bitween.layers.linear import QuantizedLinear
 from bitween.layers.packed import Packed
@@ -11,7 +12,8 @@ from bitween.scheme import Scheme
 
 __all__ = ["KINDS", "empty_like"]
 
-KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding)  # a new kind is one file, and its name here
+# A new kind is one file, and its name here.
+KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding, QuantizedConv)
 
 
 def empty_like(module: nn.Module, scheme: Scheme) -> Packed | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from bitween.layers.embedding import lookup_scale
 from bitween.model.experts import experts_of, routers_of
+from bitween.model.plain import is_plain_linear
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,8 +30,9 @@ class Layer:
         Path of the module inside the model, as ``model.named_modules()`` spells it.
     module : nn.Module
         The module itself.
-    kind : {"linear", "conv1d", "embedding", "expert", "router"}
-        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "expert" is one expert's
+    kind : {"linear", "conv1d", "embedding", "expert", "router", "conv"}
+        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "conv" is a convolution
+        of torch's, its kernels flattened to rows; only `bitween.model.whole` lists these. "expert" is one expert's
         matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
         experts and stays in full precision: a small change of it sends tokens elsewhere.
     shape : (int, int)
@@ -62,10 +64,14 @@ class Layer:
         if self.quantized:
             raise ValueError(f"{self.name}: the layer is already quantized and holds no full weight")
         weight = self.module.weight.detach()
+        if self.kind == "conv":
+            return weight.flatten(1)
         return weight.t() if self.kind == "conv1d" else weight
 
     def as_weight(self, values: torch.Tensor) -> torch.Tensor:
         """Numbers (outputs, inputs) in the shape in which the module keeps its weight."""
+        if self.kind == "conv":
+            return values.reshape(self.module.weight.shape)
         return values.T.contiguous() if self.kind == "conv1d" else values
 
     def matches(self, patterns: Iterable[str]) -> bool:
@@ -253,7 +259,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _make_layer(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
-    plain = _is_quantized(module) or kind_of(module) == "conv1d" or type(module).forward is nn.Linear.forward
+    plain = _is_quantized(module) or kind_of(module) == "conv1d"
+    plain = plain or (isinstance(module, nn.Linear) and is_plain_linear(module))
     plain = plain or (isinstance(module, nn.Embedding) and lookup_scale(module) is not None)
     shared = tuple(n for n in names.get(_weight_key(module), ()) if n != name)
     return Layer(name, module, kind_of(module), _shape(module), shared, plain)
