@@ -96,7 +96,7 @@ class Candidate:
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
-        from bitween.layers.embedding import lookup_scale
+        from bitween.layers.embedding import lookup_scale, stored_scale
         from bitween.layers.in_place import PackedInPlace
 
         table, module = None, self._modules[layer.name]
@@ -106,14 +106,14 @@ class Candidate:
             self.model.set_submodule(layer.name, in_place.train(module.training))
             return
         if layer.kind in ("embedding", "table"):
-            marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
+            marks = {"padding_idx": module.padding_idx, "scale": stored_scale(module)}
             table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
         for name in (layer.name, *layer.shared):
             old = self._modules[name]
             bias = getattr(old, "bias", None)
             bias = None if bias is None else bias.detach().to(dtype)
             if blocks.kind_of(old) == "embedding" and table is not None:
-                packed = table
+                packed = table if name == layer.name else QuantizedEmbedding.tied_to(table)
             elif table is not None:
                 packed = QuantizedLinear.tied_to(table, bias)
             else:

@@ -239,8 +239,11 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
             for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
                 if source == f"{name}.weight":
                     tied = target.removesuffix(".weight")
-                    bias = getattr(model.get_submodule(tied), "bias", None)
-                    model.set_submodule(tied, QuantizedLinear.tied_to(new, bias))
+                    use = model.get_submodule(tied)
+                    if isinstance(use, nn.Embedding):  # the table of a decoder beside the encoder's
+                        model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
+                    else:
+                        model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
     _untie(model)
 
 

@@ -18,7 +18,7 @@ from bitween.gradual.scores.curvature import LayerCurvature
 from bitween.model import blocks
 from bitween.scheme import Scheme
 
-__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layers"]
+__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layer", "score_layers"]
 
 KEEP = None  # the key of "leave this layer as it is"
 _SAMPLED_WEIGHTS = 1 << 16  # of one layer: errors of thousands of groups are known to a percent
@@ -74,11 +74,24 @@ def score_layers(
         uses = [curvature[layer.name]]
         if layer.name == layout.embedding.name and layout.tied:
             uses.append(curvature[layout.head.name])
-        error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
-        spread = np.nanmax([use.relative_error for use in uses])
-        sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
-        found[layer.name] = LayerScores(layer.name, tuple(schemes), error / 2, float(spread), sizes, layer.nbytes)
+        found[layer.name] = score_layer(layer, uses, schemes, feedback=feedback, ranges=ranges)
     return found
+
+
+def score_layer(
+    layer: blocks.Layer,
+    uses: Sequence[LayerCurvature],
+    schemes: Sequence[Scheme],
+    *,
+    feedback: bool = True,
+    ranges: str = "clip",
+) -> LayerScores:
+    """Predicted damage of every scheme for one matrix, by the curvature of each of its uses."""
+    error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
+    known = [use.relative_error for use in uses if not np.isnan(use.relative_error)]
+    spread = float(max(known, default=np.nan))
+    sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
+    return LayerScores(layer.name, tuple(schemes), error / 2, spread, sizes, layer.nbytes)
 
 
 def _weighted_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, ranges: str) -> np.ndarray:
