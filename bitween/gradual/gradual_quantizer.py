@@ -31,6 +31,7 @@ from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.experts import shared_copy, unfolded
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.model.patterns import checked_patterns
+from bitween.model.spill import Spill
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
@@ -162,6 +163,7 @@ class GradualQuantizer:
         check_attachments(model, [x for x in self.layout.layers if not self.sizes.ignored(x)])
         self.sizes.check_reach()
         self.memory_need = self._need()
+        self._spill = Spill()
         self._report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
 
@@ -185,7 +187,7 @@ class GradualQuantizer:
         self._tell(story.text, text)
         base, transforms = self._prepare()
         self._tell(story.transformed, transforms)
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
             self._tell(story.analysis, len(self.schemes))
@@ -231,7 +233,7 @@ class GradualQuantizer:
         """
         text = self._timed("text", self._cut_text)
         base, _ = self._prepare()
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
         )
@@ -284,19 +286,25 @@ class GradualQuantizer:
 
     # ---- before ----------------------------------------------------------------------------------
 
+    def _context(self, base: Any, text: Splits) -> RunContext:
+        return RunContext.build(
+            base, self.tokenizer, text=text, seed=self.seed, progress=self.progress, spill=self._spill
+        )
+
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
         base = shared_copy(unfolded(self.model))
+        self._spill.rest_after(base.get_submodule(block.name) for block in self.layout.blocks)
         for parameter in base.parameters():  # tied weights stay tied: they are one parameter
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+                parameter.data = self._spill.keep(parameter.data.float())
         if self.transforms == "none":
             return base, {"steps": [], "skipped": {}}
         from bitween.transforms import apply, plan_transforms
 
         layout = blocks.inspect(base)
         steps = ("scale",) if self.method in ("rtn", "clip") else ("rotate",)  # rotation needs error feedback to pay
-        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
+        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed, keep=self._spill.keep)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
     def _cut_text(self) -> Splits:
