@@ -36,6 +36,7 @@ from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.store.opening import check_dtype, open_model
 from bitween.store.writing import writable
 from bitween.text import sources
 from bitween.text.calibration import Splits
@@ -59,7 +60,8 @@ class GradualQuantizer:
     Parameters
     ----------
     model, tokenizer
-        The model stays as it is; `quantize` returns a new one that shares its unquantized weights.
+        The model stays as it is; `quantize` returns a new one that shares its unquantized weights. A directory (or a
+        name on the hub) in its place is opened without being read into memory whole; the tokenizer may then be None
     target_memory_reduction : share of the model's bytes to save, between 0 and 1
     max_perplexity_increase : relative, 0.05 = 5 %
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
@@ -89,6 +91,8 @@ class GradualQuantizer:
         Every finished step (scores, block, stage, decision) is on the disk at once, so that a run that was stopped goes
         on there and ends bit for bit as an uninterrupted one. Made when missing; yours to remove afterwards.
     resume : False starts over what the journal holds
+    dtype, trust_remote_code : of a model given as a directory: "auto" (what its config says), "float32", "bfloat16" or
+        "float16", or such a torch dtype; whether code that comes with it may run
 
     Raises
     ------
@@ -125,8 +129,9 @@ class GradualQuantizer:
         progress: Progress = no_progress,
         journal: str | os.PathLike | None = None,
         resume: bool = True,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
     ):
-        self.model, self.tokenizer = model, tokenizer
         checked = check_options(
             target_memory_reduction=target_memory_reduction,
             max_perplexity_increase=max_perplexity_increase,
@@ -144,6 +149,14 @@ class GradualQuantizer:
             ignore_layers=ignore_layers,
             seed=seed,
         )
+        self._spill = Spill()
+        if isinstance(model, (str, os.PathLike)):
+            options = {"trust": trust_remote_code, "keep": self._spill.keep, "tokenizer": tokenizer}
+            model, tokenizer = open_model(model, dtype, **options)
+            self._spill.adopt(model.parameters())
+        elif check_dtype(dtype) != "auto":
+            raise ValueError(f'dtype: expected "auto" for a model that is loaded already; got {dtype!r}')
+        self.model, self.tokenizer = model, tokenizer
         self.target = find_target(checked.pop("export_target"))
         vars(self).update(checked)
         self.calibration_data = sources.checked(calibration_data, tokenizer)
@@ -157,13 +170,13 @@ class GradualQuantizer:
         self.layout = blocks.inspect(unfolded(shared_copy(model)))  # the user's own modules may run elsewhere meanwhile
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
+        self._spill.let_go()
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
         check_attachments(model, [x for x in self.layout.layers if not self.sizes.ignored(x)])
         self.sizes.check_reach()
         self.memory_need = self._need()
-        self._spill = Spill()
         self._report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
 

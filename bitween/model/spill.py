@@ -57,6 +57,7 @@ class Spill:
         self.directory, self.least = directory, least
         self._mapped: dict[int, weakref.ref] = {}  # by address; ctypes arrays have no hash
         self._trimmed = 0.0
+        self._adopted: list[tuple[torch.Tensor, int, int]] = []  # tensors on files of others, and their whole pages
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +89,20 @@ class Spill:
         codes = np.frombuffer(pages, codes.dtype).reshape(codes.shape)
         return QuantizedTensor(codes, tensor.scales, tensor.zeros, tensor.scheme, tensor.shape)
 
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let go also of those tensors that lie in mapped .safetensors files, which nobody may change from now on.
+
+        Tensors elsewhere are left out. Linux only; on other systems none is found.
+        """
+        files = _mapped_files()
+        for tensor in tensors:
+            tensor = tensor.detach()
+            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            if any(a <= first and last <= b for a, b in files):
+                first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    self._adopted.append((tensor, first, last - first))
+
     def let_go(self) -> None:
         """This process needs no kept page now, nor what its allocator holds of memory that was freed."""
         if self.least is None:
@@ -98,6 +113,8 @@ class Spill:
         if _DONTNEED is not None:
             for pages in self._living():
                 _C_LIBRARY.madvise(ctypes.addressof(pages), len(pages), _DONTNEED)
+            for _, first, nbytes in self._adopted:
+                _C_LIBRARY.madvise(first, nbytes, _DONTNEED)
 
     def recall(self, tensor: QuantizedTensor) -> QuantizedTensor:
         """The same stored matrix in ordinary memory."""
@@ -150,6 +167,17 @@ class Spill:
     @property
     def _place(self) -> str:
         return os.fspath(self.directory or tempfile.gettempdir())
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """First and last address of every .safetensors file that this process has mapped."""
+    try:
+        with open("/proc/self/maps") as file:
+            lines = [line.split(maxsplit=5) for line in file]
+    except OSError:
+        return []
+    named = [line[0].split("-") for line in lines if len(line) == 6 and line[5].strip().endswith(".safetensors")]
+    return [(int(first, 16), int(last, 16)) for first, last in named]
 
 
 def _letting_go(spill: Spill) -> Callable:
