@@ -41,6 +41,9 @@ class Packed(nn.Module):
 
     def __init__(self, stored: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self._keep(stored, dtype)
+
+    def _keep(self, stored: QuantizedTensor, dtype: torch.dtype) -> None:
         self.scheme = stored.scheme
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows module.to(dtype)
         self._shape = (int(stored.shape[0]), int(stored.shape[1]))
@@ -63,7 +66,7 @@ class Packed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The matrix as model code reads it: a tensor without memory, unpacked where its numbers are wanted."""
-        return LazyWeight(self.dequantize, self._shape, self.dtype, self.codes.device)
+        return LazyWeight(self.dequantize, self._shape, self.dtype, self.codes.device, self.rows)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -85,6 +88,16 @@ class Packed(nn.Module):
         if not by_torch_alone(self.codes):
             return self.quantized.dequantize(dtype)
         return decode(self.codes, self.scales, self.zeros, self.scheme, self._shape[1], dtype)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the matrix as a new tensor (*ids.shape, cols) of `dtype`; all others stay packed."""
+        flat = ids.reshape(-1).to(torch.int64)
+        if not by_torch_alone(ids):
+            found = self.quantized.dequantize(dtype, rows=flat)
+        else:
+            zeros = None if self.zeros is None else self.zeros[flat]
+            found = decode(self.codes[flat], self.scales[flat], zeros, self.scheme, self._shape[1], dtype)
+        return found.reshape(*ids.shape, self._shape[1])
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """As nn.Module, but scales keep their 16 bits when a change of dtype passes over the model."""

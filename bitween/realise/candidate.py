@@ -121,10 +121,15 @@ class Candidate:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
         from bitween.layers.embedding import lookup_scale
+        from bitween.layers.in_place import PackedInPlace
 
-        table = None
-        if layer.kind == "embedding":
-            module = self._modules[layer.name]
+        table, module = None, self._modules[layer.name]
+        lookup = isinstance(module, torch.nn.Embedding) and lookup_scale(module) is not None
+        if layer.kind == "own" or (layer.kind == "table" and not lookup):
+            in_place = PackedInPlace.of(module, tensor, dtype)
+            self.model.set_submodule(layer.name, in_place.train(module.training))
+            return
+        if layer.kind in ("embedding", "table"):
             marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
             table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
         for name in (layer.name, *layer.shared):

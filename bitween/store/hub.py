@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitween import __version__
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
+from bitween.layers.packed import Packed
 from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors, names
@@ -157,7 +158,7 @@ def plan_of(model: nn.Module) -> dict[str, Scheme]:
     return {
         name: module.scheme
         for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and "codes" in module._buffers
+        if isinstance(module, Packed) and "codes" in module._buffers
     }
 
 
@@ -257,7 +258,7 @@ def _check_all(model: nn.Module) -> None:
         check_stored(model.get_submodule(name), name)
 
 
-def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> None:
+def check_stored(module: Packed, name: str) -> None:
     """CheckpointError unless scales are finite and above 0, and codes and zeros are those of the scheme."""
     scales = module.scales
     if scales.is_meta:
@@ -288,7 +289,7 @@ def _untie(model: nn.Module) -> None:
 
 def _is_packed(model: nn.Module, parameter: str) -> bool:
     try:
-        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), (QuantizedLinear, QuantizedEmbedding))
+        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), Packed)
     except AttributeError:
         return False
 

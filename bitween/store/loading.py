@@ -129,11 +129,18 @@ def _config(directory: Path, settings: dict[str, Any], n_tensors: int) -> Any:
 
 
 def _skeleton(config: Any) -> nn.Module:
-    """The model without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+    """The model without memory for its weights, of the class that the config names.
 
+    A text model inside a larger family (Emu3, Mllama) has a config that no Auto class knows.
+    """
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [None])[0]
+    kind = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind._from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _plan(

@@ -20,6 +20,7 @@ import torch
 
 import bitween
 from bitween._progress import Progress, no_progress
+from bitween.gradual.scores.unreached import impute
 from bitween.model.head import position_blocks
 from bitween.realise.context import RunContext
 
@@ -94,6 +95,7 @@ def collect_curvature(
     ids = context.text.calibration.ids
     _collect_gradients(context, ids[:gradient_windows], found, elementwise, progress)
     _collect_moments(context, ids[:hessian_windows], found, progress)
+    impute(found, layers, context.layout.embedding.name)
     return found
 
 

@@ -84,7 +84,7 @@ def score_layers(
 def _weighted_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, ranges: str) -> np.ndarray:
     """sum_o G_o sum_j D_j (dW_oj)^2 for each scheme, float64 (schemes,), extrapolated from evenly spaced rows."""
     columns = curvature.conditional if feedback else curvature.moment
-    if columns is None or curvature.tokens == 0:  # never reached by the text: only its own size can speak
+    if columns is None:  # no layer to compare with: only its own size can speak
         columns = np.full(layer.shape[1], 1e-6)
     if not feedback and curvature.elementwise is not None:
         return np.asarray(bitween.search(layer.weight, schemes, curvature.elementwise, ranges=ranges))
