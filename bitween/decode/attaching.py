@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from bitween.decode.cache import is_taken_over
 from bitween.decode.families import family_of
 from bitween.decode.recognising import Recognised, UnrecognisedError, recognise
 from bitween.decode.stepping import CACHE_NAME, Step, _Tables, read_step, run_step
@@ -55,10 +56,10 @@ class _State:
             return cls(base, None, str(error))
 
 
-def _state(base: nn.Module) -> _State:
-    """The state of a decoder, recognised (again) where it is new or changed."""
+def _state(base: nn.Module, fully: bool = True) -> _State:
+    """The state of a decoder, recognised (again) where it is new or changed; `fully` as in Watch.unchanged."""
     state = base.__dict__.get(_STATE)
-    if state is None or state.owner != id(base) or (state.known is not None and not state.known.watch.unchanged()):
+    if state is None or state.owner != id(base) or (state.known is not None and not state.known.watch.unchanged(fully)):
         state = _State.of(base, type(base)._bitween_original)
         object.__setattr__(base, _STATE, state)
     return state
@@ -74,7 +75,7 @@ def _by_core(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BaseModelO
         return None
     if settings.get("use_cache") is False and kwargs.get("use_cache") is None:
         return None
-    state = _state(base)
+    state = _state(base, fully=not is_taken_over(step.cache))
     if state.known is None:
         return None
     done = run_step(base, state.known, state.tables, step)

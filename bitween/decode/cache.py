@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["Room", "Rooms", "rooms_of"]
+__all__ = ["Room", "Rooms", "is_taken_over", "rooms_of"]
 
 _LEAST_SPARE = 64  # tokens
 
@@ -153,6 +153,12 @@ class Rooms:
     def described(self) -> tuple[tuple[torch.Tensor, int, int, int], ...]:
         """For the core."""
         return tuple((room.data, room.start, room.end, room.seen) for room in self.rooms)
+
+
+def is_taken_over(cache: DynamicCache) -> bool:
+    """Whether a cache lies in rooms."""
+    rooms = cache.__dict__.get("_bitween_rooms")
+    return rooms is not None and rooms.whole(cache.layers)
 
 
 def rooms_of(cache: DynamicCache, known: Any, batch: int) -> Rooms | None:

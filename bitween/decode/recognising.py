@@ -242,6 +242,8 @@ def _recognise(base: nn.Module, family: Family) -> Recognised:
         raise _refuse(f"heads of {dim} numbers")
     for module in (base, base.layers, base.rotary_emb, base.embed_tokens):
         build.watch.module(module)
+    for table in base.rotary_emb.buffers():
+        build.watch.numbers(table)
     ropes: list[str | None] = sorted(set(config.layer_types)) if family.ropes else [None]
     shared: dict[str, Any] = {}
     blocks, windows, places, counts = [], [], [], {}

@@ -116,8 +116,8 @@ class _Tables:
 
 
 def run_step(base: nn.Module, known: Recognised, tables: _Tables, step: Step) -> tuple[torch.Tensor, Any] | None:
-    """(what the final norm gives, (batch, new, hidden); the cache's rooms, not yet advanced). None where the cache or the
-    mask is not for the core."""
+    """(what the final norm gives, (batch, new, hidden); the cache's rooms, not yet advanced). None where the cache or
+    the mask is not for the core."""
     padding = _padding(step)
     if padding is False:
         return None
