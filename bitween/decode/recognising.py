@@ -120,12 +120,8 @@ class _Builder:
         """(its number, its rows)."""
         self.watch.module(module)
         if isinstance(module, QuantizedLinear):
-            codes, scales, zeros = module._packed()
-            bias = module.bias
-            settings = (*((codes, scales, zeros)), *self._sizes(module), self._plain(bias), module._mode_number)
-            kind = "trellis" if module.scheme.coding == "trellis" else "packed"
+            self.linears.append(self._packed(module))
             self.watch.attribute(module, "_mode_number")
-            self.linears.append((kind, *settings))
             rows = module.out_features
         elif type(module) is nn.Linear:
             weight = module.weight
@@ -139,11 +135,12 @@ class _Builder:
             raise _refuse("tensors that are not on the CPU")
         return len(self.linears) - 1, rows
 
-    @staticmethod
-    def _sizes(module: QuantizedLinear) -> tuple:
+    def _packed(self, module: QuantizedLinear) -> tuple:
+        codes, scales, zeros = module._packed()
+        rest = module.in_features, self._plain(module.bias), module._mode_number
         if module.scheme.coding == "trellis":
-            return module.scheme.width, module.in_features
-        return module.scheme.key, module.in_features
+            return "trellis", codes, scales.view(-1), zeros, module.scheme.width, *rest
+        return "packed", codes, scales, zeros, module.scheme.key, *rest
 
     @staticmethod
     def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ _TURNS = 8
 _registered = [0]  # modules, parameters and buffers that were given to any module since `_count_registrations`
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _count_registrations() -> None:
     def count(*_: Any) -> None:
         _registered[0] += 1
