@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bitween.decode import attach
 from bitween.model import blocks
 from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.model.spill import Spill, end_rest
@@ -115,7 +116,7 @@ class Candidate:
         self.model.config.dtype = dtype
         delivery.write_tied_flag(self.model, self.original.tied)
         delivery.check_delivered(expected, delivery.logits_in_float32(self.model, ids), dtype)
-        return self.model
+        return attach(self.model)
 
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
