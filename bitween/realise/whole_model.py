@@ -23,6 +23,7 @@ from bitween.model.layout import Layer
 from bitween.model.outputs import tensors_of
 from bitween.model.precision import in_float32
 from bitween.model.replay import settled
+from bitween.model.spill import Spill
 from bitween.model.whole import WholeLayout, rows_read
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise.candidate import Candidate
@@ -63,6 +64,7 @@ class WholeCandidate(Candidate):
 
     def __init__(self, original: nn.Module, layout: WholeLayout):
         self.original = layout
+        self._spill = Spill(least=None)
         self.model = shared_copy(original)
         self.stored: dict[str, QuantizedTensor] = {}
         self._gains: dict[str, nn.Parameter] = {}
