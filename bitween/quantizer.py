@@ -154,7 +154,7 @@ class Bitween:
         found = []
         for layer in self.layout.layers:
             free = layer.plain and layer.kind != "router" and not layer.matches(patterns)
-            if free and (self.embeddings or layer.name not in ends):
+            if free and (self.embeddings or (layer.name not in ends and layer.kind != "table")):
                 found.append(layer)
         return found
 

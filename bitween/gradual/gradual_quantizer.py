@@ -26,7 +26,7 @@ from bitween.gradual.plan.memory_need import MemoryNeed, need_within
 from bitween.gradual.plan.planner import Frontier, frontier
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
-from bitween.gradual.scores.fisher import candidate_schemes
+from bitween.gradual.scores.fisher import candidate_schemes, trellis_schemes
 from bitween.gradual.utils import budget_nats
 from bitween.gradual.whole.run import WholeRun
 from bitween.model import blocks
@@ -36,11 +36,13 @@ from bitween.model.experts import shared_copy, unfolded
 from bitween.model.layout import ModelLayout
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.model.patterns import checked_patterns
+from bitween.model.spill import Spill
 from bitween.model.whole import WholeLayout, describe
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.store.opening import check_dtype, open_model
 from bitween.store.writing import writable
 from bitween.text import sources
 from bitween.text.calibration import Splits
@@ -58,7 +60,8 @@ class GradualQuantizer:
     Parameters
     ----------
     model, tokenizer
-        The model stays as it is; `quantize` returns a new one that shares its unquantized weights.
+        The model stays as it is; `quantize` returns a new one that shares its unquantized weights. A directory (or a
+        name on the hub) in its place is opened without being read into memory whole; the tokenizer may then be None
     target_memory_reduction : share of the model's bytes to save, between 0 and 1
     max_perplexity_increase : relative, 0.05 = 5 %
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
@@ -79,6 +82,7 @@ class GradualQuantizer:
         a number, or one for each of its examples: then half of them steer the search and the others prove the budget
     damage : "kl" or "error", how answers are compared; default by what the output is
     schemes : candidates, default 2 to 8 bits, groups of 32 to 128, symmetric and not
+    trellis : consider trellis codes of 1.5 to 5 bits too: less damage at equal bytes, slower products, only in bitween
     method : quantizer of layers below 8 bits
     transforms : "auto" rotates and folds where the architecture allows it, "none" leaves the weights' basis alone
     distillation_steps : steps of training that bring row scales and norm gains of the chosen plan, and no codes, nearer
@@ -94,6 +98,8 @@ class GradualQuantizer:
         Every finished step (scores, block, stage, decision) is on the disk at once, so that a run that was stopped goes
         on there and ends bit for bit as an uninterrupted one. Made when missing; yours to remove afterwards.
     resume : False starts over what the journal holds
+    dtype, trust_remote_code : of a model given as a directory: "auto" (what its config says), "float32", "bfloat16" or
+        "float16", or such a torch dtype; whether code that comes with it may run
 
     Raises
     ------
@@ -122,6 +128,7 @@ class GradualQuantizer:
         max_metric_drop: float | None = None,
         damage: str | None = None,
         schemes: Sequence[Scheme] | None = None,
+        trellis: bool = False,
         method: str = "gptq+refine",
         transforms: str = "auto",
         distillation_steps: int = 40,
@@ -134,8 +141,9 @@ class GradualQuantizer:
         progress: Progress = no_progress,
         journal: str | os.PathLike | None = None,
         resume: bool = True,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
     ):
-        self.model, self.tokenizer = model, tokenizer
         checked = check_options(
             target_memory_reduction=target_memory_reduction,
             max_perplexity_increase=max_perplexity_increase,
@@ -151,18 +159,31 @@ class GradualQuantizer:
             transforms=transforms,
             max_memory=max_memory,
             ignore_layers=ignore_layers,
+            trellis=trellis,
             seed=seed,
             max_damage=max_damage,
             metric=metric,
             max_metric_drop=max_metric_drop,
             damage=damage,
         )
+        self._spill = Spill()
+        if isinstance(model, (str, os.PathLike)):
+            options = {"trust": trust_remote_code, "keep": self._spill.keep, "tokenizer": tokenizer}
+            model, tokenizer = open_model(model, dtype, **options)
+            self._spill.adopt(model.parameters())
+        elif check_dtype(dtype) != "auto":
+            raise ValueError(f'dtype: expected "auto" for a model that is loaded already; got {dtype!r}')
+        self.model, self.tokenizer = model, tokenizer
         self.target = find_target(checked.pop("export_target"))
         vars(self).update(checked)
         self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
         self.measure_importance, self.certify = importance, certify
-        self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
+        coded = trellis_schemes() if self.trellis else ()
+        if coded and not self.target.runs(coded[0]):
+            raise ValueError(f"trellis: expected False for {export_target}, which can't run trellis codes; got True")
+        self.schemes = tuple(s for s in (*(schemes or candidate_schemes()), *coded) if self.target.runs(s))
+        self._coded = any(scheme.coding == "trellis" for scheme in self.schemes)
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         check_own_weights(model)
@@ -170,6 +191,7 @@ class GradualQuantizer:
         self.calibration_data = calibration_data if reason else sources.checked(calibration_data, tokenizer)
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
+        self._spill.let_go()
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
@@ -208,7 +230,7 @@ class GradualQuantizer:
         self._tell(story.text, text)
         base, transforms = self._prepare()
         self._tell(story.transformed, transforms)
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
             self._tell(story.analysis, len(self.schemes))
@@ -261,11 +283,11 @@ class GradualQuantizer:
             return self._whole.plan()
         text = self._timed("text", self._cut_text)
         base, _ = self._prepare()
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
         )
-        self._timed("curvature", analyzer.analyze_curvature)
+        self._timed("curvature", lambda: analyzer.analyze_curvature(blocked=self._coded))
         scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
         front = frontier(self.sizes.plannable(to_items(scores), context))
         return front, front.within_bytes(self.sizes.layer_limit)
@@ -335,19 +357,25 @@ class GradualQuantizer:
 
     # ---- before ----------------------------------------------------------------------------------
 
+    def _context(self, base: Any, text: Splits) -> RunContext:
+        return RunContext.build(
+            base, self.tokenizer, text=text, seed=self.seed, progress=self.progress, spill=self._spill
+        )
+
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
         base = shared_copy(unfolded(self.model))
+        self._spill.rest_after(base.get_submodule(block.name) for block in self.layout.blocks)
         for parameter in base.parameters():  # tied weights stay tied: they are one parameter
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+                parameter.data = self._spill.keep(parameter.data.float())
         if self.transforms == "none":
             return base, {"steps": [], "skipped": {}}
         from bitween.transforms import apply, plan_transforms
 
         layout = blocks.inspect(base)
         steps = ("scale",) if self.method in ("rtn", "clip") else ("rotate",)  # rotation needs error feedback to pay
-        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
+        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed, keep=self._spill.keep)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
     def _cut_text(self) -> Splits:
@@ -382,7 +410,7 @@ class GradualQuantizer:
         )
 
         def work() -> tuple[dict, Any]:
-            curvature = self._timed("curvature", analyzer.analyze_curvature)
+            curvature = self._timed("curvature", lambda: analyzer.analyze_curvature(blocked=self._coded))
             scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
             return scores, curvature[context.layout.embedding.name].moment
 

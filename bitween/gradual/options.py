@@ -55,6 +55,8 @@ def _checked(name: str, value: Any) -> Any:
         raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {value!r}")
     if name == "transforms" and value not in TRANSFORMS:
         raise ValueError(f'transforms: expected "auto" or "none"; got {value!r}')
+    if name == "trellis" and not isinstance(value, bool):
+        raise TypeError(f"trellis: expected True or False; got {value!r}")
     if name == "export_target":
         find_target(value)
     if name == "seed":

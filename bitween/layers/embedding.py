@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from bitween.functional import quantize
-from bitween.layers.decoding import decode
-from bitween.layers.packed import Packed, by_torch_alone, empty_stored
+from bitween.layers.packed import Packed, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
-__all__ = ["QuantizedEmbedding", "lookup_scale", "stored_scale"]
+__all__ = ["QuantizedEmbedding", "is_lookup", "lookup_scale", "stored_scale"]
 
 _PROBE_ROWS = 8
 
@@ -28,12 +27,28 @@ def lookup_scale(embedding: nn.Embedding) -> float | None:
     """
     if type(embedding).forward is nn.Embedding.forward:
         return 1.0
-    if any(t.is_meta for t in (*embedding.parameters(), *embedding.buffers())) or not embedding.num_embeddings:
+    if any(t.is_meta for t in (*embedding.parameters(), *embedding.buffers())):
+        return None
+    return _scale_of(embedding)
+
+
+def is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether an embedding does no more than look rows up and multiply them by a number, on the meta device too."""
+    return type(embedding).forward is nn.Embedding.forward or _scale_of(embedding) is not None
+
+
+def _scale_of(embedding: nn.Embedding) -> float | None:
+    if not embedding.num_embeddings:
         return None
     rows, width = min(_PROBE_ROWS, embedding.num_embeddings), embedding.embedding_dim
-    table = torch.linspace(0.5, 1.5, rows * width, device=embedding.weight.device).reshape(rows, width)
-    probe = copy.copy(embedding)  # shares everything but the table
+    device = "cpu" if embedding.weight.is_meta else embedding.weight.device
+    table = torch.linspace(0.5, 1.5, rows * width, device=device).reshape(rows, width)
+    probe = copy.copy(embedding)  # shares everything but the table, and what has no values
     probe._parameters = {**embedding._parameters, "weight": nn.Parameter(table.to(embedding.weight.dtype), False)}
+    probe._buffers = {
+        name: torch.full_like(buffer, 2, device=device) if buffer is not None and buffer.is_meta else buffer
+        for name, buffer in embedding._buffers.items()
+    }
     ids = torch.arange(rows, device=table.device)[None]
     try:
         with torch.no_grad():
@@ -139,8 +154,8 @@ class QuantizedEmbedding(Packed):
 
     @classmethod
     def empty_like(cls, module: nn.Module, scheme: Scheme) -> QuantizedEmbedding | None:
-        """An empty table for what an nn.Embedding holds; None for any other module."""
-        if not isinstance(module, nn.Embedding):
+        """An empty table for an nn.Embedding that looks up and scales at most; None for any other module."""
+        if not isinstance(module, nn.Embedding) or not is_lookup(module):
             return None
         # One with arithmetic of its own keeps a number in the checkpoint; a skeleton on meta cannot be asked for it.
         scale = None if type(module).forward is nn.Embedding.forward else 0.0
@@ -148,14 +163,7 @@ class QuantizedEmbedding(Packed):
         return cls.empty(*shape, scheme, weight.dtype, module.padding_idx, weight.device, scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        flat = ids.reshape(-1).to(torch.int64)
-        if not by_torch_alone(ids):
-            rows = self.quantized.dequantize(self.dtype, rows=flat)
-        else:
-            codes, scales, zeros = self._packed()
-            zeros = None if zeros is None else zeros[flat]
-            rows = decode(codes[flat], scales[flat], zeros, self.scheme, self.embedding_dim, self.dtype)
-        rows = rows.reshape(*ids.shape, self.embedding_dim)
+        rows = self.rows(ids, self.dtype)
         return rows if self.multiplier is None else rows * self.multiplier
 
     def extra_repr(self) -> str:

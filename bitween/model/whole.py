@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bitween.layers.embedding import lookup_scale
+from bitween.layers.plain import is_plain_convolution, is_plain_linear
 from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, kind_of
-from bitween.model.plain import is_plain_convolution, is_plain_linear
 
 __all__ = ["WholeLayout", "describe", "rows_read", "trace_order"]
 

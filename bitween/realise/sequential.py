@@ -87,6 +87,7 @@ class SequentialQuantizer:
     exact : hidden states of the untouched model that enter the first block, by batch; default the batches' own
     sweeps, damping, share : of `bitween.gptq`; share 0 aims at the original weights' outputs on the inputs as they are
     steps : of `signround.train_block`
+    keep : given tensors that wait until a block is done; returns the ones to hold, of the same numbers
     progress : called after every step
     """
 
@@ -102,6 +103,7 @@ class SequentialQuantizer:
         damping: float = 0.01,
         share: float = SHARE,
         steps: int = STEPS,
+        keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         progress: Progress | None = None,
     ) -> None:
         names = [method] if isinstance(method, str) else method.values()
@@ -109,7 +111,7 @@ class SequentialQuantizer:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {unknown[0]!r}")
         self.runner, self.method, self.put = runner, method, put
         self.token_weights, self.sweeps, self.damping, self.steps = token_weights, sweeps, damping, steps
-        self.share = share
+        self.share, self.keep = share, keep
         self._start = exact
         self._exact: list[torch.Tensor] | None = None  # hidden states of the untouched model
         self.progress = progress or (lambda *_: None)
@@ -240,7 +242,7 @@ class SequentialQuantizer:
     def _forward(self, i: int, batches: list) -> None:
         started = time.monotonic()
         for k, (hidden, context) in enumerate(batches):
-            batches[k] = self.runner.run_block(i, hidden, context), context
+            batches[k] = self.keep(self.runner.run_block(i, hidden, context)), context
         self.progress("forward", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
 
     def _train(self, i: int, results: list[LayerResult], inputs: list, batches: list) -> list[LayerResult]:
@@ -301,9 +303,11 @@ class SequentialQuantizer:
         inputs = None
         for k, (hidden, (_, context)) in enumerate(zip(self._entering(i, batches), batches, strict=True)):
             if capture:
-                self._exact[k], inputs = self.runner.capture_inputs(i, hidden, context)
+                moved, inputs = self.runner.capture_inputs(i, hidden, context)
+                inputs = {names: self.keep(x) for names, x in inputs.items()}
             else:
-                self._exact[k] = self.runner.run_block(i, hidden, context)
+                moved = self.runner.run_block(i, hidden, context)
+            self._exact[k] = self.keep(moved)
         return inputs
 
     def _method_of(self, layer: Layer) -> str:

@@ -184,7 +184,8 @@ class QuantizationReport:
                 continue
             lines.append(
                 f"  stage     {stage['name']:24s} {stage['nbytes'] / 2**20:7.1f} MiB   KL {stage['damage']:.4f} "
-                f"(predicted {stage['predicted']:.4f})   {self._spent(stage)}   " + decision(stage)
+                f"(predicted {stage['predicted']:.4f})   perplexity {stage['quality']['perplexity_increase']:+.2%}   "
+                + decision(stage)
             )
         return lines
 

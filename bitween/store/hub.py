@@ -19,7 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitween import __version__
+from bitween import __version__, decode
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
 from bitween.layers.packed import Packed
@@ -122,7 +122,7 @@ class BitweenQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.plan:
             check_stored(model.get_submodule(name), name)
-        return model
+        return decode.attach(model)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         """None: bitween's own format keeps the names of the modules, which no family's mapping may touch."""
@@ -261,7 +261,7 @@ def _check_all(model: nn.Module) -> None:
         check_stored(model.get_submodule(name), name)
 
 
-def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> None:
+def check_stored(module: Packed, name: str) -> None:
     """CheckpointError unless scales are finite and above 0, and codes and zeros are those of the scheme."""
     scales = module.scales
     if scales.is_meta:
