@@ -24,7 +24,10 @@ def check_own_weights(model: nn.Module) -> None:
     """ValueError, with the module's name, where a weight is not a parameter of its own layer.
 
     To be called before the model is looked at further: adapters and parametrized weights confuse whatever runs it.
+    TypeError for what is no torch module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module; got {type(model).__name__}")
     for name, module in model.named_modules():
         if _is_adapter(module):
             where = f"{name}: " if name else ""

@@ -75,6 +75,8 @@ def _machine(report: dict[str, Any]) -> str:
 
 def _cards(report: dict[str, Any]) -> str:
     m, q, t, c = report["memory"], report["quality"], report["targets"], report.get("certificate")
+    if "budget" in t:
+        return _whole_cards(m, q, t, c)
     dtype = f", plain numbers in {m['dtype']}" if m.get("dtype") else ""
     cards = [
         ("memory", f"−{m['reduction']:.1%}",
@@ -91,6 +93,24 @@ def _cards(report: dict[str, Any]) -> str:
         note = f"at most {bound:+.2%} with {t['confidence']:.0%} confidence; budget +{t['perplexity_increase']:.1%}: "
         card = ("perplexity, held-out text", f"{found:+.2%}", note + c["verdict"], c["verdict"] == "accepted")
         cards.insert(0, card)
+    return _shown(cards)
+
+
+def _whole_cards(m: dict, q: dict, t: dict, c: dict | None) -> str:
+    """Of a model that runs as a whole: its budget may be one of damage, or of a metric."""
+    dtype = f", plain numbers in {m['dtype']}" if m.get("dtype") else ""
+    memory = f"{_mib(m['original_total'])} → {_mib(m['total'])}{dtype}; asked −{t['memory_reduction']:.0%}"
+    cards = [
+        ("memory", f"−{m['reduction']:.1%}", memory, m["reduction"] >= t["memory_reduction"]),
+        ("measured, to steer by", q["text"], t["budget"]["text"], q["spent"] <= t["budget"]["limit"]),
+        ("width", f"{t['average_bits']:.2f} bits", "a weight, scales and zeros included", None),
+    ]
+    if c:
+        cards.insert(0, ("held-out examples", c["verdict"], c["text_line"], c["verdict"] == "accepted"))
+    return _shown(cards)
+
+
+def _shown(cards: list[tuple[str, str, str, bool | None]]) -> str:
     shown = []
     for name, value, note, good in cards:
         kind = "" if good is None else " good" if good else " bad"
@@ -134,14 +154,15 @@ def _stages(report: dict[str, Any]) -> str:
             (_mib(s["nbytes"]), s["nbytes"]),
             (f"{s['predicted']:.4f}", s["predicted"]),
             (f"{s['damage']:.4f}", s["damage"]),
-            (f"{math.expm1(s['increase']):+.2%}", s["increase"]),
+            (s.get("text") or f"{math.expm1(s['increase']):+.2%}", s["increase"]),
             (decision(s), None),
         ]
         for s in report["stages"]
     ]
-    return "<section><h2>What was tried</h2>" + _table(
-        ["stage", "layers", "predicted KL", "measured KL", "perplexity", "decision"], rows
-    ) + "</section>"  # fmt: skip
+    whole = "budget" in report["targets"]
+    names = ["predicted damage", "measured damage", "spent"] if whole else ["predicted KL", "measured KL", "perplexity"]
+    table = _table(["stage", "layers", *names, "decision"], rows)
+    return f"<section><h2>What was tried</h2>{table}</section>"
 
 
 def _certificate(report: dict[str, Any]) -> str:

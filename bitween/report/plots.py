@@ -150,24 +150,35 @@ def frontier(report: dict[str, Any]) -> Figure:
             fontsize=8, color=SOFT,
         )  # fmt: skip
     if chosen is not None and chosen["damage"] > 0:
-        error = 1.96 * report["quality"].get("standard_error", 0.0)
+        error = 1.96 * (report["quality"].get("standard_error") or 0.0)
         low = min(error, 0.9 * chosen["damage"])
         axes.errorbar(
             chosen["nbytes"] / mib, chosen["damage"], yerr=[[low], [error]], fmt="o", ms=9, color=RED, capsize=3,
             zorder=4, label="chosen, with 95 % interval",
         )  # fmt: skip
-    budget = float(np.log1p(report["targets"]["perplexity_increase"]))
-    axes.axhline(budget, color=RED, lw=1, ls=(0, (4, 3)), alpha=0.7, zorder=1)
-    axes.text(
-        shown[-1, 0] / mib, budget, f"budget: perplexity +{report['targets']['perplexity_increase']:.1%} ",
-        ha="right", va="bottom", fontsize=8, color=RED,
-    )  # fmt: skip
+    budget, told = _budget(report["targets"])
+    if budget is not None:
+        axes.axhline(budget, color=RED, lw=1, ls=(0, (4, 3)), alpha=0.7, zorder=1)
+        axes.text(
+            shown[-1, 0] / mib, budget, f"budget: {told} ", ha="right", va="bottom", fontsize=8, color=RED,
+        )  # fmt: skip
     axes.set_yscale("log")
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    _titled(axes, "Size against damage", "layers, MiB", "KL from the original, nats per token")
+    other = report["targets"].get("budget")
+    unit = f"damage, {other['unit']}" if other else "KL from the original, nats per token"
+    _titled(axes, "Size against damage", "layers, MiB", unit)
     return figure
+
+
+def _budget(targets: dict) -> tuple[float | None, str]:
+    """Where the budget lies among damages, and its words; nowhere for that of a metric."""
+    other = targets.get("budget")
+    if other is None:
+        increase = targets["perplexity_increase"]
+        return float(np.log1p(increase)), f"perplexity +{increase:.1%}"
+    return (None if other["kind"] == "metric" else other["limit"]), other["text"]
 
 
 def _chosen(report: dict[str, Any]) -> dict[str, Any] | None:

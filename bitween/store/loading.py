@@ -16,6 +16,7 @@ from torch import nn
 from bitween.store import compressed_tensors, importing, names
 from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, read_json, sha256
 from bitween.store.hub import METHOD, BitweenConfig, check_stored, swap
+from bitween.store.plain import load_into
 
 __all__ = ["is_packed", "load_model"]
 
@@ -32,13 +33,16 @@ def is_packed(directory: Path) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") in (METHOD, *importing.METHODS)
 
 
-def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:
+def load_model(
+    directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto", into: nn.Module | None = None
+) -> tuple[nn.Module, Any]:
     """Load a checkpoint in bitween's own format or as compressed-tensors, or one of GPTQ, AWQ or AutoRound.
 
     Parameters
     ----------
     directory : of config.json, model.safetensors (or shards) and perhaps a tokenizer
     dtype : of the parameters that are not quantized; "auto" takes the config's
+    into : a module built as the saved one was before it was quantized, for what is no transformers model
 
     Returns
     -------
@@ -51,6 +55,11 @@ def load_model(directory: str | os.PathLike, *, dtype: torch.dtype | str = "auto
         with file, tensor and reason. No code in the directory is run, whatever the config asks for.
     """
     directory = Path(directory)
+    if into is not None:
+        return load_into(into, directory).eval(), None
+    if not (directory / "config.json").is_file() and (directory / MANIFEST).is_file():
+        kind = read_json(directory / MANIFEST).get("class")
+        raise CheckpointError(f"holds the tensors of a {kind}: give one as into=", directory)
     files, config, model, state = _read(directory)
     state = _checked_state(files, model, state)
     model = _filled(type(model), config, state, dtype)

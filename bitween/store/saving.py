@@ -15,6 +15,7 @@ from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, sha256
 from bitween.store.files import atomic_directory, check_space
 from bitween.store.hub import attach, plan_of
 from bitween.store.loading import check_saved
+from bitween.store.plain import save_plain
 
 __all__ = ["Saved", "save_model"]
 
@@ -43,7 +44,8 @@ def save_model(
 
     Parameters
     ----------
-    model : transformers model with quantized layers
+    model : transformers model with quantized layers, or any torch module with some: of the latter tensors and plan are
+        written, and `load_model(directory, into=module)` fills a module built as it was
     tokenizer : its tokenizer, or None
     directory : must not exist, or be empty
     format : "auto", "compressed-tensors" or "native", as for `bitween.attach`
@@ -67,6 +69,8 @@ def save_model(
             "model: expected a model without adapters; got peft's around one, whose save_pretrained(directory) writes "
             "the adapters alone: save them so, and the quantized model with save_model(model.unload(), ...)"
         )
+    if not hasattr(model, "save_pretrained"):
+        return Saved(Path(directory), "plain", save_plain(model, directory, report), {})
     attached = attach(model, format=format)
     check_space(directory, sum(t.numel() * t.element_size() for t in model.state_dict().values()))
     with atomic_directory(directory) as folder:

@@ -103,7 +103,8 @@ def is_inputs(source: Any, *, encoded: bool = False) -> bool:
         if isinstance(first, tuple | list) and first and isinstance(first[0], torch.Tensor):
             return True
         return not isinstance(first, (str, int, list, tuple)) and is_inputs(first, encoded=encoded)
-    if isinstance(source, Iterable) and not hasattr(source, "__next__"):  # it begins anew each time, as a DataLoader
+    if isinstance(source, Iterable) and not isinstance(source, Sequence) and not hasattr(source, "__next__"):
+        # it begins anew each time, as a DataLoader does
         return is_inputs(list(itertools.islice(source, 1)), encoded=encoded)
     return False
 

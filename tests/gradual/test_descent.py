@@ -26,7 +26,7 @@ def make(real, budget=BUDGET, seed=0):
 
     def realise(name, plan):
         damage = real(plan.damage)
-        measured = SimpleNamespace(damage=damage, perplexity_increase=math.expm1(damage), to_dict=dict)
+        measured = SimpleNamespace(damage=damage, spent=damage, to_dict=dict)
         return SimpleNamespace(measurement=measured, seconds=0.0)
 
     return Descent(frontier(items), realise, budget)
