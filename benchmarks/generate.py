@@ -7,8 +7,9 @@ All take turns in one process. One model is rounded to one scheme, embedding and
 counts here; --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set.
 --llama names an interpreter with llama-cpp-python: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
 which holds bitween's own codes, in a process of its own that works only in its turn. "x bf16" is the median over
-rounds of the ratio of the two. "layer by layer" is transformers' own forward pass on the same packed layers, and its text
-has to be the same. The second table tells where the time of a token goes, as the core takes it: CPU time, all threads.
+rounds of the ratio of the two. "layer by layer" is transformers' own forward pass on the same packed layers; its text
+has to be the same. The second table tells where the time of a token goes, as the core takes it: CPU time of all
+threads.
 
 Writes results/generate.json and the table of docs/performance.md.
 """

@@ -204,6 +204,21 @@ static int acquire_lists(held_step *s, PyObject *ropes, PyObject *rooms, const b
     return 0;
 }
 
+/* Refuses results that share memory with each other or with what is read. */
+static int expect_apart(const held_step *s) {
+    if (s->padding.data && bw_view_expect_apart("out", &s->out, "padding", &s->padding)) return -1;
+    for (int i = 0; i < 2 * s->step.n_ropes; i++)
+        if (bw_view_expect_apart("out", &s->out, "ropes", &s->tables[i])) return -1;
+    for (int i = 0; i < s->step.n_rooms; i++) {
+        if (bw_view_expect_apart("rooms", &s->rooms[i], "x", &s->x) ||
+            bw_view_expect_apart("rooms", &s->rooms[i], "out", &s->out))
+            return -1;
+        for (int k = 0; k < i; k++)
+            if (bw_view_expect_apart("rooms", &s->rooms[i], "rooms", &s->rooms[k])) return -1;
+    }
+    return 0;
+}
+
 static int acquire_step(held_step *s, PyObject *const *v, const bw_decoder *core) {
     if (bw_view_acquire("x", v[1], BW_CONTIGUOUS, &s->x) || bw_view_expect_dtype("x", &s->x, dtype_name(core->dtype)) ||
         bw_view_expect_ndim("x", &s->x, 3))
@@ -225,7 +240,7 @@ static int acquire_step(held_step *s, PyObject *const *v, const bw_decoder *core
     if (acquire_lists(s, v[3], v[4], core)) return -1;
     if (v[5] && bw_view_array("padding", v[5], "int64", 1, shape, 0, &s->padding)) return -1;
     s->step.padding = (const int64_t *)(const void *)s->padding.data;
-    return 0;
+    return expect_apart(s);
 }
 
 const char bw_doc_decode[] =
@@ -243,8 +258,10 @@ PyObject *bw_py_decode(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     PyObject *v[6], *result = NULL;
     held_step s = {0};
     if (bw_parse("decode", names, args, n_args, keywords, v)) return NULL;
+    if (!PyCapsule_IsValid(v[0], capsule_name))
+        return PyErr_Format(PyExc_TypeError, "decoder: expected what decoder() returned; got %R", v[0]);
     const held_decoder *d = PyCapsule_GetPointer(v[0], capsule_name);
-    if (!d || acquire_step(&s, v, &d->core)) goto done;
+    if (acquire_step(&s, v, &d->core)) goto done;
     bw_release_gil();
     bw_status status = bw_decode(&d->core, &s.step);
     bw_take_gil();

@@ -49,7 +49,8 @@ static int answers_all(PyObject *answers) {
 
 const char bw_doc_unchanged[] =
     "unchanged(empty, absent, key, same, answers)\n--\n\n"
-    "Whether the dictionaries of `empty` are empty, those of `absent` lack `key`, the triples (dictionary, key, object) "
+    "Whether the dictionaries of `empty` are empty, those of `absent` lack `key`, the triples (dictionary, key, "
+    "object) "
     "of\n`same` hold the very object, and the pairs (function, value) of `answers` answer with it. Flat tuples all.";
 
 PyObject *bw_py_unchanged(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
@@ -59,6 +60,7 @@ PyObject *bw_py_unchanged(PyObject *module, PyObject *const *args, Py_ssize_t n_
     if (bw_parse("unchanged", names, args, n_args, keywords, v)) return NULL;
     for (int i = 0; i < 5; i++)
         if (i != 2 && bw_expect_tuple(names[i], v[i], -1)) return NULL;
+    if (!PyUnicode_Check(v[2])) return PyErr_Format(PyExc_TypeError, "key: expected a string; got %R", v[2]);
     int answer = lacks_all(v[0], NULL);
     if (answer == 1) answer = lacks_all(v[1], v[2]);
     if (answer == 1) answer = holds_all(v[3]);

@@ -94,6 +94,8 @@ def test_row_23_wrong_scalar(name, value):
             continue
         if (name, key) == ("quantize_trellis", "bits") and isinstance(value, float) and value == 2.5:
             continue  # bits of a trellis come in half steps
+        if (name, key) == ("unchanged", "key") and isinstance(value, str):
+            continue
         with pytest.raises((TypeError, ValueError), match=r"^\w+: expected "):
             call(name, {**arguments(name), key: value})
 
