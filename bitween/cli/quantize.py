@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, load, show
+from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, show
 from bitween.cli.options import (
     Calibration,
     Config,
@@ -75,11 +75,12 @@ def quantize(
     from bitween.gradual import GradualQuantizer
     from bitween.report.progress import Story
 
-    loaded, tokenizer = load(model, dtype, trust_remote_code)
     quantizer = GradualQuantizer(
-        loaded,
-        tokenizer,
+        model,
+        None,
         calibration_data=calibration_data,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
         progress=Story(),
         journal=journal,
         resume=resume,
@@ -96,7 +97,7 @@ def quantize(
     report = quantizer.get_quantization_report()
     from bitween.store.saving import save_model
 
-    save_model(quantized, tokenizer, output, report=report.to_dict(), certificate=report.proof)
+    save_model(quantized, quantizer.tokenizer, output, report=report.to_dict(), certificate=report.proof)
     shutil.rmtree(journal)
     typer.echo(report.to_json() if as_json else str(report))
     if report.conflict:

@@ -20,6 +20,8 @@ import torch
 
 import bitween
 from bitween._progress import Progress, no_progress
+from bitween.gradual.scores.unreached import impute
+from bitween.model.head import position_blocks
 from bitween.realise.context import RunContext
 from bitween.scheme import TILE
 
@@ -118,6 +120,7 @@ def collect_curvature(
     ids = context.text.calibration.ids
     _collect_gradients(context, ids[:gradient_windows], found, elementwise, progress)
     _collect_moments(context, ids[:hessian_windows], found, blocked, progress)
+    impute(found, layers, context.layout.embedding.name)
     return found
 
 
@@ -159,28 +162,29 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
     leaf = final.detach().requires_grad_(True)
     curvature = found[head.name]
     with torch.enable_grad():
-        logits = runner.logits(leaf, grad=True).float()
-        p = logits.detach().softmax(-1)[0]
-        labels = _sample(p, generator)
-        loss = torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum")
-    # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
-    energy = (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
+        energy, places = np.zeros(head.shape[0]), torch.rand(final.shape[1], 1, generator=generator)
+        for part in position_blocks(final.shape[1], head.shape[0]):
+            logits = runner.logits(leaf[0, part], grad=True).float()
+            p = logits.detach().softmax(-1)
+            loss = torch.nn.functional.cross_entropy(logits, _sample(p, places[part]), reduction="sum")
+            loss.backward()
+            # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
+            energy += (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
     curvature.rows += energy
-    curvature.energy.append(float(energy.sum()) / len(p))
+    curvature.energy.append(float(energy.sum()) / len(places))
     if elementwise:
         _add_elementwise(
             curvature, head, torch.outer(torch.from_numpy(energy).float(), final.detach()[0].pow(2).mean(0))
         )
-    loss.backward()
     final.backward(leaf.grad)
     return hidden.grad
 
 
-def _sample(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One label a row of probabilities (rows, n), by inversion; torch.multinomial takes ten times as long."""
+def _sample(p: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """One label a row of probabilities (rows, n), by inversion of uniform numbers (rows, 1); torch.multinomial takes
+    ten times as long."""
     running = p.cumsum(-1)
-    places = torch.rand(len(p), 1, generator=generator) * running[:, -1:]
-    return torch.searchsorted(running, places).clamp_(max=p.shape[-1] - 1)[:, 0]
+    return torch.searchsorted(running, places * running[:, -1:]).clamp_(max=p.shape[-1] - 1)[:, 0]
 
 
 def _block_gradient(context, i, hidden, call, gradient, found, elementwise) -> torch.Tensor:
@@ -252,12 +256,17 @@ def _collect_moments(context, ids, found, blocked, progress) -> None:
     embedding = found[layout.embedding.name]
     embedding.moment = embedding.conditional = embedding.blocked = embedding.moment / max(1, embedding.tokens)
     with runner:
-        batches = [runner.embed(part) for part in context.batches(ids)]
-        states = [hidden for hidden, _ in batches]
+        keep = context.spill.keep
+        calls, states = [], []
+        for part in context.batches(ids):
+            hidden, call = runner.embed(part)
+            calls.append(call)
+            states.append(keep(hidden))
         for i in range(len(layout.blocks)):
             moments: dict[tuple[str, ...], bitween.Hessian] = {}
-            for k, (_, call) in enumerate(batches):
-                states[k], inputs = runner.capture_inputs(i, states[k], call)
+            for k, call in enumerate(calls):
+                left, inputs = runner.capture_inputs(i, states[k], call)
+                states[k] = keep(left)
                 for names, x in inputs.items():
                     moments.setdefault(names, bitween.Hessian(x.shape[-1])).add(x)
             for names, hessian in moments.items():

@@ -20,7 +20,7 @@ from bitween.gradual.scores.trellis_error import trellis_errors
 from bitween.model import blocks
 from bitween.scheme import TRELLIS_BITS, Scheme
 
-__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layers", "trellis_schemes"]
+__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layer", "score_layers", "trellis_schemes"]
 
 KEEP = None  # the key of "leave this layer as it is"
 _SAMPLED_WEIGHTS = 1 << 16  # of one layer: errors of thousands of groups are known to a percent
@@ -82,11 +82,24 @@ def score_layers(
         uses = [curvature[layer.name]]
         if layer.name == layout.embedding.name and layout.tied:
             uses.append(curvature[layout.head.name])
-        error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
-        spread = np.nanmax([use.relative_error for use in uses])
-        sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
-        found[layer.name] = LayerScores(layer.name, tuple(schemes), error / 2, float(spread), sizes, layer.nbytes)
+        found[layer.name] = score_layer(layer, uses, schemes, feedback=feedback, ranges=ranges)
     return found
+
+
+def score_layer(
+    layer: blocks.Layer,
+    uses: Sequence[LayerCurvature],
+    schemes: Sequence[Scheme],
+    *,
+    feedback: bool = True,
+    ranges: str = "clip",
+) -> LayerScores:
+    """Predicted damage of every scheme for one matrix, by the curvature of each of its uses."""
+    error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
+    known = [use.relative_error for use in uses if not np.isnan(use.relative_error)]
+    spread = float(max(known, default=np.nan))
+    sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
+    return LayerScores(layer.name, tuple(schemes), error / 2, spread, sizes, layer.nbytes)
 
 
 def _weighted_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, ranges: str) -> np.ndarray:
@@ -105,7 +118,7 @@ def _grid_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, rang
     if not feedback and curvature.elementwise is not None:
         return np.asarray(bitween.search(layer.weight, schemes, curvature.elementwise, ranges=ranges))
     factor, weight = _sample(layer, curvature)
-    importance = torch.from_numpy(np.ascontiguousarray(_reached(layer, curvature, columns), np.float32))
+    importance = torch.from_numpy(np.ascontiguousarray(_reached(layer, columns), np.float32))
     factor = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
     return np.asarray(bitween.search(weight, schemes, importance, row_importance=factor, ranges=ranges))
 
@@ -116,13 +129,13 @@ def _trellis_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, _
     else:
         factor, weight = _sample(layer, curvature)
         fed_back = curvature.conditional if curvature.blocked is None else curvature.blocked
-        columns = _reached(layer, curvature, fed_back if feedback else curvature.moment)
+        columns = _reached(layer, fed_back if feedback else curvature.moment)
     return trellis_errors(weight.detach().float().numpy(), schemes, columns, factor)
 
 
-def _reached(layer, curvature: LayerCurvature, columns: np.ndarray | None) -> np.ndarray:
-    """Costs of columns; those of a layer that the text never reached: only its own size can speak."""
-    return np.full(layer.shape[1], 1e-6) if columns is None or curvature.tokens == 0 else columns
+def _reached(layer, columns: np.ndarray | None) -> np.ndarray:
+    """Costs of columns; where there is no layer to compare with, only a layer's own size can speak."""
+    return np.full(layer.shape[1], 1e-6) if columns is None else columns
 
 
 def _sample(layer, curvature: LayerCurvature) -> tuple[np.ndarray, torch.Tensor]:
