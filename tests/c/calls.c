@@ -264,6 +264,73 @@ static int call_reading(tape *t, int which) {
     return bw_matmul(&x, &stored, draw(t, 2) ? &bias : NULL, (bw_mode)draw(t, draw(t, 32) == 31 ? 5 : 3), dtype, out);
 }
 
+/* Room for trellis codes; none for sizes that are hostile. */
+static bw_trellis trellis_room(tape *t, ptrdiff_t rows, ptrdiff_t cols, int32_t half_bits, ptrdiff_t *n_bytes) {
+    static const int32_t odd[] = {9, 17, 0, -1, INT32_MAX, INT32_MIN};
+    int legal = rows >= 0 && rows < 1000 && cols >= 0 && cols < 1000;
+    ptrdiff_t down = legal ? (rows + 15) / 16 : 0, across = legal ? (cols + 15) / 16 : 0;
+    *n_bytes = down * (half_bits ? bw_trellis_row_bytes(cols, half_bits) : across * 32 * 5);
+    return (bw_trellis){take((size_t)*n_bytes),
+                        take(legal ? (size_t)rows * 2 : 0),
+                        take((size_t)across),
+                        rows,
+                        cols,
+                        draw(t, 32) == 31 ? odd[draw(t, 6)] : 10 + (draw(t, 8) == 7)};
+}
+
+static int call_trellis_storing(tape *t, int unused) {
+    (void)unused;
+    static const int32_t odd_bits[] = {0, 1, 11, -2, INT32_MAX, INT32_MIN};
+    ptrdiff_t rows = size(t, 20), cols = size(t, 40), n_bytes;
+    bw_trellis_options options = {draw(t, 3) * 0.01, 2 + (int32_t)draw(t, 9), (int32_t)draw(t, 2), (int32_t)draw(t, 2)};
+    bw_trellis out = trellis_room(t, rows, cols, options.half_bits, &n_bytes);
+    if (draw(t, 32) == 31) options.half_bits = odd_bits[draw(t, 6)];
+    if (draw(t, 32) == 31) options.damping = draw(t, 2) ? NAN : -1;
+    memset(out.codes, 0x5a, (size_t)n_bytes);
+    ptrdiff_t odd = draw(t, 32) == 31;
+    bw_matrix weight = view(t, rows, larger(cols, odd));
+    float *h = draw(t, 2) ? hessian(t, cols) : NULL, *importance = draw(t, 2) && !h ? array(t, cols) : NULL;
+    if (cols > 1000) return BW_OK; /* needs as many rates */
+    bw_gptq_report report = {0};
+    if (rows >= 0 && rows < 1000 && draw(t, 2)) report.row_errors = take((size_t)rows * 8);
+    bw_status status = bw_trellis_quantize(&weight, h, importance, &options, &out, &report);
+    for (ptrdiff_t i = 0; refused(status) && i < n_bytes; i++)
+        if (out.codes[i] != 0x5a) fail("a refused call writes nothing");
+    if (status || !n_bytes) return status;
+    if (odd) fail("shapes that do not fit are refused");
+    float *values = take((size_t)(rows * cols) * 4);
+    bw_status back = bw_trellis_dequantize(&out, 0, rows, BW_F32, values);
+    if (back && back != BW_ERR_MEMORY) fail("what was stored reads back");
+    for (ptrdiff_t i = 0; !back && i < rows * cols; i++)
+        if (!isfinite(values[i])) fail("what was stored is finite");
+    return status;
+}
+
+static int call_trellis_reading(tape *t, int multiply) {
+    ptrdiff_t rows = size(t, 40), cols = size(t, 150), n_bytes;
+    bw_trellis stored = trellis_room(t, rows, cols, 0, &n_bytes);
+    ptrdiff_t held = n_bytes ? rows : 0;
+    fill_bytes(t, stored.codes, n_bytes);
+    fill_floats(t, stored.scales, held, BW_F16);
+    if (draw(t, 4))
+        for (ptrdiff_t i = 0; i < held; i++) stored.scales[i] = (uint16_t)(0x2c00 | (stored.scales[i] & 0xfff));
+    for (ptrdiff_t i = 0; held && i < (cols + 15) / 16; i++)
+        stored.rates[i] = draw(t, 256) == 255 ? (uint8_t)(6 * draw(t, 2)) : (uint8_t)(1 + draw(t, 5));
+    if (rows > 1000 || cols > 1000) stored.rates = NULL; /* would need as many */
+    if (draw(t, 64) == 63) stored.scales = NULL;
+    bw_dtype dtype = (bw_dtype)draw(t, draw(t, 32) == 31 ? 5 : 3);
+    ptrdiff_t n = size(t, 40), fits = n < 0 || n > 1000 ? 0 : n;
+    if (!multiply) {
+        ptrdiff_t first = size(t, 40);
+        return bw_trellis_dequantize(&stored, first, n, dtype, take((size_t)(fits * (held ? cols : 0)) * 4));
+    }
+    bw_matrix x = view(t, n, cols), bias = view(t, 1, rows);
+    void *out = take(rows >= 0 && rows < 1000 ? (size_t)(fits * rows) * width_of(dtype) : 0);
+    if ((n > 1000 || rows > 1000) && !cols) return BW_OK; /* legal, and more than a test may take */
+    return bw_trellis_matmul(&x, &stored, draw(t, 2) ? &bias : NULL, (bw_mode)draw(t, draw(t, 32) == 31 ? 5 : 3), dtype,
+                             out);
+}
+
 static int call_loss(tape *t, int which) {
     ptrdiff_t rows = size(t, 12), cols = size(t, 400), fits = rows < 0 || rows > 1000 ? 0 : rows;
     bw_matrix logits = view(t, rows, cols);
@@ -400,6 +467,9 @@ static const struct {
                     {"cross_entropy", call_loss, 0},
                     {"kl_divergence", call_loss, 1},
                     {"total", call_loss, 2},
+                    {"trellis_quantize", call_trellis_storing, 0},
+                    {"trellis_dequantize", call_trellis_reading, 0},
+                    {"trellis_matmul", call_trellis_reading, 1},
                     {"search", call_search, 0},
                     {"hessian_add", call_hessian, 0},
                     {"mirror_upper", call_mirror, 0},

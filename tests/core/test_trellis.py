@@ -83,6 +83,20 @@ def test_bytes_depend_on_neither_threads_nor_set():
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("bits", [2, 3.5, 5])
+def test_exact_products_have_the_same_bytes_on_every_set(bits):
+    weight, x = gaussian(70, 150), gaussian(5, 150, 1)
+    parts, found = _core.quantize_trellis(weight, None, bits, 10)[0], set()
+    for isa in ISAS:
+        _core.set_isa(isa)
+        for threads in (1, 3):
+            _core.set_num_threads(threads)
+            out = np.empty((5, 70), np.float32)
+            _core.matmul_trellis(x, *parts, 10, 150, gaussian(1, 70, 2)[0], out, 0)
+            found.add(out.tobytes())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(1, 0.281), (2, 0.0751), (3, 0.0196), (4, 0.0051), (5, 0.0014)])
 def test_gaussian_error(bits, bound):
     weight = gaussian(64, 512)
