@@ -155,8 +155,8 @@ def make_llama(directory: Path, tokenizer: Path, layers: int, width: int, inner:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="500MB")
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="500MB")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 
 

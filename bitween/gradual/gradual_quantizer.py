@@ -311,7 +311,7 @@ class GradualQuantizer:
 
     def preflight(self) -> dict[str, Any]:
         """Sizes before anything is measured: bytes now, at the target, the least reachable; layers left alone; about
-        the memory that `quantize` will need, and what the system has."""
+        the memory that `quantize` will need, what the system has, and the room for temporary files (TMPDIR)."""
         return {
             "bytes": self.sizes.original,
             "target_bytes": self.sizes.limit,
@@ -323,6 +323,7 @@ class GradualQuantizer:
             "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
             "full_precision": self.sizes.full_precision(),
             "memory_needed": None if self._whole is not None else self.memory_need.total,
+            "disk_needed": None if self._whole is not None else self.memory_need.disk,
             "memory_available": available_bytes(),
         }
 
@@ -349,6 +350,7 @@ class GradualQuantizer:
             self.layout,
             copied=self.sizes.dtype != torch.float32 or self.transforms != "none",
             packed=(self.stages + 3) * self.sizes.limit,
+            delivered=2 * self.sizes.limit,
             calibration=self.calibration_samples,
             evaluation=self.evaluation_samples,
             length=self.sequence_length,

@@ -122,6 +122,13 @@ class Spill:
             return tensor
         return QuantizedTensor(tensor.codes.copy(), tensor.scales, tensor.zeros, tensor.scheme, tensor.shape)
 
+    def in_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy of one whose pages may be let go."""
+        place = tensor.data_ptr()
+        kept = [(ctypes.addressof(pages), len(pages)) for pages in self._living()]
+        adopted = [(whole.data_ptr(), whole.nbytes) for whole, _, _ in self._adopted]
+        return tensor.clone() if any(a <= place < a + n for a, n in (*kept, *adopted)) else tensor
+
     def rest_after(self, modules: Iterable[torch.nn.Module]) -> None:
         """Let go of all pages whenever one of these modules has run, until `end_rest`; copies of a module do so too."""
         for module in modules if self.least is not None else ():

@@ -110,8 +110,12 @@ class Candidate:
         fold_untouched(self.model)
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
+                values = parameter.detach()
                 if parameter.is_floating_point() and parameter.dtype != dtype:
-                    setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+                    values = values.to(dtype)
+                values = self._spill.in_memory(values)
+                if values.data_ptr() != parameter.data_ptr():
+                    setattr(module, name, torch.nn.Parameter(values, parameter.requires_grad))
         self._tie_again()
         self.model.config.dtype = dtype
         delivery.write_tied_flag(self.model, self.original.tied)

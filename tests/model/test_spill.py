@@ -84,6 +84,15 @@ def test_packed_matrices_are_kept_and_recalled():
     assert spill.recall(tensor) is tensor
 
 
+def test_a_tensor_that_may_rest_is_copied_for_those_who_keep_it():
+    spill = Spill(least=1)
+    kept, own = spill.keep(torch.arange(100.0)), torch.arange(5.0)
+    copy = spill.in_memory(kept[40:])
+    assert copy.data_ptr() != kept[40:].data_ptr()
+    assert torch.equal(copy, torch.arange(40.0, 100.0))
+    assert spill.in_memory(own) is own
+
+
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         Spill(tmp_path / "nowhere", least=1).keep(torch.ones(10))
@@ -135,6 +144,7 @@ def test_a_run_gives_the_same_bytes_whether_its_numbers_rest_in_files_or_not(tin
         quantizer._spill = spill
         model = quantizer.quantize()
         assert not any(module._forward_hooks for module in model.modules())
+        assert all(spill.in_memory(tensor) is tensor for tensor in model.state_dict().values())
         return model.state_dict()
 
     files, memory = run(Spill(least=1)), run(Spill(least=None))
