@@ -9,7 +9,20 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-__all__ = ["Calibration", "Config", "Dtype", "For", "Ignored", "Json", "Model", "Reduction", "Seed", "Text", "Trust"]
+__all__ = [
+    "Calibration",
+    "Config",
+    "Dtype",
+    "For",
+    "Ignored",
+    "Json",
+    "Model",
+    "Reduction",
+    "Seed",
+    "Text",
+    "Trellis",
+    "Trust",
+]
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -71,6 +84,7 @@ Text = Annotated[str | None, typer.Option(help="text file, or data set name; def
 Calibration = Annotated[int, typer.Option(help="windows of calibration text, at most")]
 Ignored = Annotated[list[str] | None, typer.Option(help="name or pattern of layers to leave alone")]
 For = Annotated[str, typer.Option("--for", help="any, vllm, marlin, gguf or auto-round")]
+Trellis = Annotated[bool, typer.Option("--trellis", help="consider trellis codes too: docs/planning.md")]
 Dtype = Annotated[str, typer.Option(help="dtype to load the model in: auto, float32, bfloat16 or float16")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model, as yours")]
 Seed = Annotated[int, typer.Option(help="same seed, same result")]

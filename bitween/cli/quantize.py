@@ -10,7 +10,20 @@ import typer
 
 from bitween.cli.app import app
 from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, show
-from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
+from bitween.cli.options import (
+    Calibration,
+    Config,
+    Dtype,
+    For,
+    Ignored,
+    Json,
+    Model,
+    Reduction,
+    Seed,
+    Text,
+    Trellis,
+    Trust,
+)
 
 
 @app.command()
@@ -25,6 +38,7 @@ def quantize(
     ignore_layer: Ignored = None,
     on_conflict: Annotated[str, typer.Option(help="quality, memory or error")] = "quality",
     export_target: For = "any",
+    trellis: Trellis = False,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     seed: Seed = 0,
@@ -50,6 +64,7 @@ def quantize(
         ignore_layers=ignore_layer or (),
         on_conflict=on_conflict,
         export_target=export_target,
+        trellis=trellis,
         seed=seed,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
     )

@@ -34,7 +34,8 @@ class Stage:
     nbytes : of all layers
     predicted : damage predicted before, nats per token
     damage : measured on the selection text, nats per token
-    increase : ln perplexity ratio measured on the selection text, nats per token
+    increase : what counts against the budget, measured on the selection text: ln perplexity ratio, nats per token; or
+        damage, or the drop of a metric, where the budget is of these
     accepted : within the budget
     """
 
@@ -59,7 +60,8 @@ class Descent:
     ----------
     frontier : over all layers
     realise : (name, plan) -> Realisation
-    budget : nats per token of ln perplexity ratio
+    budget : nats per token of ln perplexity ratio, or in the unit of what else a measurement spends
+    ratios : least and largest that a nat of damage is taken to spend
     safety_multiplier : >= 1, how far beyond the budget a prediction may lie and still be tried
     """
 
@@ -69,7 +71,9 @@ class Descent:
         realise: Callable[[str, Plan], Realisation],
         budget: float,
         safety_multiplier: float = 2.0,
+        ratios: tuple[float, float] = (0.2, 2.0),
     ):
+        self._ratios = ratios
         self.frontier, self.budget, self.safety = frontier, budget, safety_multiplier
         self._realise = realise
         self.stages: list[Stage] = []
@@ -114,7 +118,7 @@ class Descent:
 
     def _judged(self, name: str, nbytes: int, predicted: float, realisation: Realisation) -> Stage:
         quality = realisation.measurement
-        increase = math.log1p(quality.perplexity_increase) if quality.perplexity_increase > -1 else -math.inf
+        increase = quality.spent
         accepted = math.isfinite(quality.damage) and increase <= self.budget
         stage = Stage(name, nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)
@@ -155,7 +159,7 @@ class Descent:
         if not known:
             return 1.0
         nearest = min(known, key=lambda s: abs(math.log(s.increase / self.budget)))
-        return float(np.clip(nearest.increase / nearest.damage, 0.2, 2.0))
+        return float(np.clip(nearest.increase / nearest.damage, *self._ratios))
 
 
 def _spaced(start: int, target: int, steps: int) -> Sequence[int]:

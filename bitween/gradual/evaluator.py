@@ -47,6 +47,11 @@ class Measurement:
     agreement: float
     tokens: int
 
+    @property
+    def spent(self) -> float:
+        """What counts against a budget of perplexity: its log ratio, nats per token."""
+        return math.log1p(self.perplexity_increase) if self.perplexity_increase > -1 else -math.inf
+
     def to_dict(self) -> dict[str, float]:
         """The same as plain numbers."""
         return asdict(self)

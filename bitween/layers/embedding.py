@@ -14,7 +14,7 @@ from bitween.layers.packed import Packed, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
-__all__ = ["QuantizedEmbedding", "is_lookup", "lookup_scale"]
+__all__ = ["QuantizedEmbedding", "is_lookup", "lookup_scale", "stored_scale"]
 
 _PROBE_ROWS = 8
 
@@ -63,6 +63,15 @@ def _scale_of(embedding: nn.Embedding) -> float | None:
     return float(torch.tensor(scale, dtype=torch.float32)) if close and math.isfinite(scale) and scale else None
 
 
+def stored_scale(embedding: nn.Embedding) -> float | None:
+    """`lookup_scale` where a packed table is to hold it, else None.
+
+    A class with arithmetic of its own always has one, though it be 1: whoever lays the model out anew can't ask a
+    table without memory for its number, and expects one in the file by the class alone.
+    """
+    return None if type(embedding).forward is nn.Embedding.forward else lookup_scale(embedding)
+
+
 class QuantizedEmbedding(Packed):
     """A lookup table with stored rows.
 
@@ -91,8 +100,11 @@ class QuantizedEmbedding(Packed):
         super().__init__(stored, dtype)
         self.num_embeddings, self.embedding_dim = self._shape
         self.padding_idx = padding_idx
+        self._hold_scale(scale)
+
+    def _hold_scale(self, scale: float | None) -> None:
         device = self.codes.device
-        number = None if scale in (None, 1.0) else torch.tensor(scale, dtype=torch.float32, device=device)
+        number = None if scale is None else torch.tensor(scale, dtype=torch.float32, device=device)
         self.register_buffer("multiplier", number)
 
     @classmethod
@@ -113,14 +125,18 @@ class QuantizedEmbedding(Packed):
         """Quantize an nn.Embedding, a scaled one too; `options` go to `bitween.quantize`."""
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None; got {embedding.max_norm}")
-        scale = lookup_scale(embedding)
-        if scale is None:
+        if lookup_scale(embedding) is None:
             kind = type(embedding).__name__
             raise ValueError(f"embedding: expected rows looked up and multiplied by a number at most; got {kind}")
         weight = embedding.weight.detach()
         stored = quantize(weight.cpu(), scheme, method=method, **options)
-        table = cls(stored, weight.dtype, embedding.padding_idx, scale).to(weight.device)
+        table = cls(stored, weight.dtype, embedding.padding_idx, stored_scale(embedding)).to(weight.device)
         return table.train(embedding.training)
+
+    @staticmethod
+    def tied_to(embedding: QuantizedEmbedding) -> QuantizedEmbedding:
+        """A second table on the memory of a first one, as an encoder and a decoder have: `state_dict` holds it once."""
+        return _TiedEmbedding(embedding)
 
     @classmethod
     def empty(
@@ -133,7 +149,7 @@ class QuantizedEmbedding(Packed):
         device: Any = None,
         scale: float | None = None,
     ) -> QuantizedEmbedding:
-        """A table of zero codes, to be filled by `load_state_dict`; any `scale` but 1 makes room for one."""
+        """A table of zero codes, to be filled by `load_state_dict`; any `scale` makes room for one."""
         return cls(empty_stored(num_embeddings, embedding_dim, scheme, device), dtype, padding_idx, scale)
 
     @classmethod
@@ -153,3 +169,36 @@ class QuantizedEmbedding(Packed):
     def extra_repr(self) -> str:
         scale = "" if self.multiplier is None else f", scale={float(self.multiplier):g}"
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}', dtype={self.dtype}{scale}"
+
+
+class _TiedEmbedding(QuantizedEmbedding):
+    """A lookup table that reads its rows from another, which owns them."""
+
+    def __init__(self, owner: QuantizedEmbedding) -> None:
+        self.__dict__["_owner"] = owner  # not a submodule: the rows belong to one module only
+        super().__init__(owner.quantized, owner.dtype, owner.padding_idx)
+
+    def _hold_scale(self, scale: float | None) -> None:
+        """Holds none either."""
+
+    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Holds nothing: the owner is asked."""
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self._owner._packed()
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._owner.codes
+
+    @property
+    def scales(self) -> torch.Tensor:
+        return self._owner.scales
+
+    @property
+    def zeros(self) -> torch.Tensor | None:
+        return self._owner.zeros
+
+    @property
+    def multiplier(self) -> torch.Tensor | None:
+        return self._owner.multiplier

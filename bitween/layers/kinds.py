@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from bitween.layers.conv import QuantizedConv
 from bitween.layers.embedding import QuantizedEmbedding
 from bitween.layers.in_place import PackedInPlace
 from bitween.layers.linear import QuantizedLinear
@@ -13,7 +14,7 @@ from bitween.scheme import Scheme
 __all__ = ["KINDS", "empty_like"]
 
 # A new kind is one file, and its name here; the last takes what has arithmetic of its own.
-KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding, PackedInPlace)
+KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding, QuantizedConv, PackedInPlace)
 
 
 def empty_like(module: nn.Module, scheme: Scheme) -> Packed | None:

@@ -13,7 +13,9 @@ from bitween.layers.lazy_weight import LazyWeight
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import TILE, Scheme
 
-__all__ = ["Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+__all__ = ["MOVES", "Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+
+MOVES = [0]  # how often a packed layer was moved or cast, so that who keeps addresses knows when to look again
 
 
 def by_torch_alone(tensor: torch.Tensor) -> bool:
@@ -101,6 +103,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """As nn.Module, but scales keep their 16 bits when a change of dtype passes over the model."""
+        MOVES[0] += 1
         scales = self._buffers.get("scales")
         if scales is not None:
             self._buffers["scales"] = scales.view(torch.int16)  # what is not floating point moves, but is not cast

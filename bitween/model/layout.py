@@ -31,10 +31,11 @@ class Layer:
         Path of the module inside the model, as ``model.named_modules()`` spells it.
     module : nn.Module
         The module itself.
-    kind : {"linear", "conv1d", "embedding", "expert", "router", "table", "own"}
+    kind : {"linear", "conv1d", "embedding", "expert", "router", "table", "own", "conv"}
         "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "table" is a lookup of
         anything but words (positions, segments, codebooks), "own" a linear layer that computes more than a product:
-        it keeps its arithmetic (`bitween.layers.in_place`), rounded by its weights alone. "expert" is one expert's
+        it keeps its arithmetic (`bitween.layers.in_place`), rounded by its weights alone. "conv" is a convolution
+        of torch's, its kernels flattened to rows; only `bitween.model.whole` lists these. "expert" is one expert's
         matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
         experts and stays in full precision: a small change of it sends tokens elsewhere.
     shape : (int, int)
@@ -67,10 +68,14 @@ class Layer:
         if self.quantized:
             raise ValueError(f"{self.name}: the layer is already quantized and holds no full weight")
         weight = self.module.weight.detach()
+        if self.kind == "conv":
+            return weight.flatten(1)
         return weight.t() if self.kind == "conv1d" else weight
 
     def as_weight(self, values: torch.Tensor) -> torch.Tensor:
         """Numbers (outputs, inputs) in the shape in which the module keeps its weight."""
+        if self.kind == "conv":
+            return values.reshape(self.module.weight.shape)
         return values.T.contiguous() if self.kind == "conv1d" else values
 
     def matches(self, patterns: Iterable[str]) -> bool:

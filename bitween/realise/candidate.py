@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bitween.decode import attach
 from bitween.model import blocks
 from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.model.spill import Spill, end_rest
@@ -119,12 +120,12 @@ class Candidate:
         self.model.config.dtype = dtype
         delivery.write_tied_flag(self.model, self.original.tied)
         delivery.check_delivered(expected, delivery.logits_in_float32(self.model, ids), dtype)
-        return self.model
+        return attach(self.model)
 
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
-        from bitween.layers.embedding import lookup_scale
+        from bitween.layers.embedding import lookup_scale, stored_scale
         from bitween.layers.in_place import PackedInPlace
 
         table, module = None, self._modules[layer.name]
@@ -134,14 +135,14 @@ class Candidate:
             self.model.set_submodule(layer.name, in_place.train(module.training))
             return
         if layer.kind in ("embedding", "table"):
-            marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
+            marks = {"padding_idx": module.padding_idx, "scale": stored_scale(module)}
             table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
         for name in (layer.name, *layer.shared):
             old = self._modules[name]
             bias = getattr(old, "bias", None)
             bias = None if bias is None else bias.detach().to(dtype)
             if blocks.kind_of(old) == "embedding" and table is not None:
-                packed = table
+                packed = table if name == layer.name else QuantizedEmbedding.tied_to(table)
             elif table is not None:
                 packed = QuantizedLinear.tied_to(table, bias)
             else:

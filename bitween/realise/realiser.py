@@ -17,6 +17,7 @@ from bitween.realise.candidate import Candidate
 from bitween.realise.context import RunContext
 from bitween.realise.passes import fits_one_pass
 from bitween.realise.sequential import SequentialQuantizer
+from bitween.realise.stacks import method_below_8_bits
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import Scheme
 
@@ -188,12 +189,7 @@ class Realiser:
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:
-        """Refinement and training, the slow parts, are left to the widths below 5 bits, which do most of the damage."""
-        if scheme.coding == "trellis":
-            return "trellis"
-        if scheme.bits >= 8:
-            return "rtn"
-        return "gptq" if scheme.bits >= 5 and self.method in ("gptq+refine", "signround") else self.method
+        return method_below_8_bits(scheme, self.method)
 
     def _columns(self, layer: blocks.Layer, method: str) -> Any:
         """The importance of a layer's weights; a trellis takes that of columns."""

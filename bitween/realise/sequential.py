@@ -16,19 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from bitween.functional import quantize
 from bitween.model.blocks import BlockRunner, Context, Layer
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise.block_training import train_block
-from bitween.rounding.gptq import SHARE, SWEEPS, gptq
+from bitween.realise.stacks import round_stack
+from bitween.rounding.gptq import SHARE, SWEEPS
 from bitween.rounding.hessian import Hessian
 from bitween.rounding.methods import METHODS, Needs
 from bitween.rounding.signround import STEPS
-from bitween.rounding.trellis import trellis
 from bitween.scheme import Scheme
 
 __all__ = ["LayerResult", "SequentialQuantizer", "put_numbers"]
@@ -360,28 +358,9 @@ class SequentialQuantizer:
         return results
 
     def _round(self, stack: list[Layer], scheme: Scheme, method: str, hessian: Hessian | None) -> list[tuple]:
-        """(QuantizedTensor, method used, error or None, target of training or None) of each layer."""
-        if method == "rtn":
-            return [(quantize(layer.weight, scheme), method, None, None) for layer in stack]
-        if hessian is None or not hessian.tokens:
-            without = method if method == "trellis" else "clip"
-            return [(quantize(layer.weight, scheme, method=without), without, None, None) for layer in stack]
-        if method == "clip":
-            importance = np.ascontiguousarray(np.diagonal(hessian.matrix()))
-            clipped = (quantize(x.weight, scheme, method=method, importance=importance) for x in stack)
-            return [(tensor, method, None, None) for tensor in clipped]
-        if method == "trellis":
-            coded = (trellis(x.weight, scheme, hessian, damping=self.damping, share=self.share) for x in stack)
-            return [(found.quantized, method, float(found.row_errors.sum()), None) for found in coded]
-        weight = stack[0].weight if len(stack) == 1 else torch.cat([layer.weight for layer in stack])
-        sweeps = 0 if method == "gptq" else self.sweeps
-        found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping, share=self.share)
-        done, first = [], 0
-        for layer in stack:
-            rows = slice(first, first := first + layer.shape[0])
-            target = torch.as_tensor(found.target[rows]) if method == "signround" else None
-            done.append((_take_rows(found.quantized, rows), method, float(found.row_errors[rows].sum()), target))
-        return done
+        """As `round_stack`, with this quantizer's settings."""
+        settings = {"sweeps": self.sweeps, "damping": self.damping, "share": self.share}
+        return round_stack(stack, scheme, method, hessian, **settings)
 
 
 def _stages(groups: Iterable[tuple[str, ...]], layers: Mapping[str, Layer]) -> list[tuple[str, ...]]:
@@ -413,10 +392,3 @@ def _originals(results: list[LayerResult]) -> Iterator[None]:
     finally:
         for result, weight in put:
             result.layer.module.weight = weight
-
-
-def _take_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
-    """Rows of a stored matrix, on memory of their own."""
-    zeros = None if tensor.zeros is None else tensor.zeros[rows].copy()
-    shape = (rows.stop - rows.start, tensor.shape[1])
-    return QuantizedTensor(tensor.codes[rows].copy(), tensor.scales[rows].copy(), zeros, tensor.scheme, shape)

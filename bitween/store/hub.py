@@ -19,7 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitween import __version__
+from bitween import __version__, decode
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
 from bitween.layers.packed import Packed
@@ -122,7 +122,7 @@ class BitweenQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.plan:
             check_stored(model.get_submodule(name), name)
-        return model
+        return decode.attach(model)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         """None: bitween's own format keeps the names of the modules, which no family's mapping may touch."""
@@ -239,8 +239,11 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
             for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
                 if source == f"{name}.weight":
                     tied = target.removesuffix(".weight")
-                    bias = getattr(model.get_submodule(tied), "bias", None)
-                    model.set_submodule(tied, QuantizedLinear.tied_to(new, bias))
+                    use = model.get_submodule(tied)
+                    if isinstance(use, nn.Embedding):  # the table of a decoder beside the encoder's
+                        model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
+                    else:
+                        model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
     _untie(model)
 
 

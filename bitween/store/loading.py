@@ -129,16 +129,15 @@ def _config(directory: Path, settings: dict[str, Any], n_tensors: int) -> Any:
 
 
 def _skeleton(config: Any) -> nn.Module:
-    """The model without memory for its weights, of the class that the config names.
-
-    A text model inside a larger family (Emu3, Mllama) has a config that no Auto class knows.
-    """
+    """The model without memory for its weights: of the class that the config names, where transformers has it."""
     import transformers
 
-    named = (getattr(config, "architectures", None) or [None])[0]
-    kind = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
+    names = getattr(config, "architectures", None) or ()
+    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     with torch.device("meta"):
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None:
+            if not isinstance(config, kind.config_class):
+                raise ValueError(f"architectures: {names[0]} is no model of a {type(config).__name__}")
             return kind._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 

@@ -237,6 +237,8 @@ class Certificate:
         What counted as independent: "documents" or "windows".
     needed_tokens : int or None
         If undecided: tokens of such text that would probably do, judged by the spread seen.
+    of : str
+        What was measured: "perplexity", or what else stands in the place of nats per token ("damage, nats of KL").
     """
 
     text: str
@@ -251,6 +253,7 @@ class Certificate:
     looks: tuple[Look, ...]
     by: str
     needed_tokens: int | None = None
+    of: str = "perplexity"
 
     @property
     def accepted(self) -> bool:
@@ -281,6 +284,13 @@ class Certificate:
         return {key: _plain(value) for key, value in values.items()}
 
     def __str__(self) -> str:
+        if self.of != "perplexity":
+            line = (
+                f"{self.verdict}: {self.of} {self.increase:.4g}, at most {self.bound:.4g} with {self.confidence:.4g} "
+                f"confidence; budget {self.budget:.4g}; {self.windows} examples"
+            )
+            line += f" from {self.text}" if self.text else ""
+            return line + (f"; about {self.needed_tokens:,} would do" if self.needed_tokens else "")
         amount = f"{self.tokens:,} tokens in {self.windows} windows"
         amount += f" of {self.documents} documents" if self.documents else ""
         line = (
@@ -309,6 +319,7 @@ def certify(
     looks: int = 3,
     spending: str = "late",
     text: str = "",
+    of: str = "perplexity",
 ) -> Certificate:
     """Draw text until it is clear whether the increase is within the budget, or the text ends.
 
@@ -330,6 +341,8 @@ def certify(
         "late" saves the error probability for the last look, "even" spends it evenly: see `error_levels`.
     text : str
         Where the text comes from.
+    of : str
+        What the differences are of, for the certificate's words.
 
     Raises
     ------
@@ -344,7 +357,7 @@ def certify(
     if not 0.5 < confidence < 1 or looks < 1 or math.isnan(budget):
         raise ValueError(f"expected 0.5 < confidence < 1, looks >= 1, a budget; got {confidence}, {looks}, {budget}")
     documents = None if documents is None else np.unique(np.asarray(documents), return_inverse=True)[1]
-    trial = _Trial(text, tokens, documents, budget, confidence)
+    trial = _Trial(text, tokens, documents, budget, confidence, of)
     stops = _stops(tokens, trial.clusters, looks)
     shares = tuple(float(tokens[:stop].sum() / tokens.sum()) for stop in stops)
     levels = error_levels(shares, 1 - confidence, spending)
@@ -375,8 +388,9 @@ class _Trial:
     """Evidence gathered about one model."""
 
     def __init__(
-        self, text: str, tokens: np.ndarray, documents: np.ndarray | None, budget: float, confidence: float
+        self, text: str, tokens: np.ndarray, documents: np.ndarray | None, budget: float, confidence: float, of: str
     ) -> None:
+        self.of = of
         self.text, self.tokens, self.documents = text, tokens, documents
         self.budget, self.confidence = budget, confidence
         self.differences = np.zeros(0)
@@ -433,6 +447,7 @@ class _Trial:
             looks=tuple(self.looks),
             by=self.by,
             needed_tokens=needed,
+            of=self.of,
         )
 
 

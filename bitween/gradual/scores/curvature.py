@@ -23,8 +23,9 @@ from bitween._progress import Progress, no_progress
 from bitween.gradual.scores.unreached import impute
 from bitween.model.head import position_blocks
 from bitween.realise.context import RunContext
+from bitween.scheme import TILE
 
-__all__ = ["LayerCurvature", "collect_curvature", "conditional_variances"]
+__all__ = ["LayerCurvature", "block_variances", "collect_curvature", "conditional_variances"]
 
 DAMPING = 0.01  # of the mean diagonal, added to H before it is factored
 
@@ -39,6 +40,8 @@ class LayerCurvature:
     energy : float64 (windows,), sum of G_o for each window alone; its spread gives the error bar
     moment : float64 (cols,), E[x_j^2], the diagonal of H
     conditional : float64 (cols,), variance of x_j given the columns after it
+    blocked : float64 (cols,) or None, variance of x_j given the blocks of 16 columns after its own, in the order of
+        their activity: what counts for a trellis path, which can't look ahead at its own errors
     elementwise : float32 (rows, cols) or None, F
     tokens : tokens that reached the layer
     """
@@ -47,6 +50,7 @@ class LayerCurvature:
     energy: list[float] = field(default_factory=list)
     moment: np.ndarray | None = None
     conditional: np.ndarray | None = None
+    blocked: np.ndarray | None = None
     elementwise: torch.Tensor | None = None
     tokens: int = 0
 
@@ -61,11 +65,30 @@ class LayerCurvature:
 
 def conditional_variances(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     """Variance of each column given all later ones, float64 (cols,), from E[x x^T] (cols, cols)."""
+    return np.diagonal(_upper_factor(hessian, damping)) ** 2
+
+
+def block_variances(hessian: np.ndarray, damping: float = DAMPING, block: int = TILE) -> np.ndarray:
+    """Variance of each column given those of later blocks, the most active block first; float64 (cols,)."""
+    n = len(hessian)
+    active = [np.diagonal(hessian)[k : k + block].mean() for k in range(0, n, block)]
+    first = np.argsort(-np.array(active), kind="stable") * block
+    blocks = [np.arange(k, min(n, k + block)) for k in first]
+    order = np.concatenate(blocks)
+    factor = _upper_factor(np.asarray(hessian)[np.ix_(order, order)], damping)
+    found, at = np.empty(n), 0
+    for columns in blocks:
+        inside = slice(at, at := at + len(columns))
+        found[columns] = (factor[inside, inside] ** 2).sum(1)
+    return found
+
+
+def _upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """U, upper triangular, with U U^T = the damped matrix."""
     h = np.asarray(hessian, np.float64)
     h = (h + h.T) / 2
     h[np.diag_indices_from(h)] += damping * max(np.trace(h) / len(h), 1e-30)
-    factor = np.linalg.cholesky(h[::-1, ::-1])
-    return np.diagonal(factor)[::-1] ** 2
+    return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
 
 
 def collect_curvature(
@@ -74,6 +97,7 @@ def collect_curvature(
     gradient_windows: int = 8,
     hessian_windows: int = 24,
     elementwise: bool = False,
+    blocked: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, LayerCurvature]:
     """Curvature of every layer, the embedding and the head among them, from calibration text.
@@ -85,6 +109,7 @@ def collect_curvature(
     ----------
     gradient_windows, hessian_windows : calibration windows for G and for H, at most
     elementwise : also keep F, as much memory again as the weights in float32
+    blocked : also find what trellis codes are scored with, for a second Cholesky factor of each layer's inputs
 
     Returns
     -------
@@ -94,7 +119,7 @@ def collect_curvature(
     found = {name: LayerCurvature(np.zeros(layer.shape[0])) for name, layer in layers.items()}
     ids = context.text.calibration.ids
     _collect_gradients(context, ids[:gradient_windows], found, elementwise, progress)
-    _collect_moments(context, ids[:hessian_windows], found, progress)
+    _collect_moments(context, ids[:hessian_windows], found, blocked, progress)
     impute(found, layers, context.layout.embedding.name)
     return found
 
@@ -226,10 +251,10 @@ def _embedding_gradient(context, ids, gradient, found) -> None:
 # ---- inputs ------------------------------------------------------------------------------------------
 
 
-def _collect_moments(context, ids, found, progress) -> None:
+def _collect_moments(context, ids, found, blocked, progress) -> None:
     runner, layout = context.runner, context.layout
     embedding = found[layout.embedding.name]
-    embedding.moment = embedding.conditional = embedding.moment / max(1, embedding.tokens)
+    embedding.moment = embedding.conditional = embedding.blocked = embedding.moment / max(1, embedding.tokens)
     with runner:
         keep = context.spill.keep
         calls, states = [], []
@@ -245,19 +270,20 @@ def _collect_moments(context, ids, found, progress) -> None:
                 for names, x in inputs.items():
                     moments.setdefault(names, bitween.Hessian(x.shape[-1])).add(x)
             for names, hessian in moments.items():
-                _keep_moment(found, names, hessian)
+                _keep_moment(found, names, hessian, blocked)
             progress("input covariances", i + 1, len(layout.blocks) + 1, layout.blocks[i].name)
         last = bitween.Hessian(layout.head.shape[1])
         for hidden in states:
             last.add(runner.final(hidden).float().reshape(-1, layout.head.shape[1]))
-        _keep_moment(found, (layout.head.name,), last)
+        _keep_moment(found, (layout.head.name,), last, blocked)
         progress("input covariances", len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
 
 
-def _keep_moment(found, names, hessian) -> None:
+def _keep_moment(found, names, hessian, blocked) -> None:
     matrix = np.asarray(hessian.matrix(), np.float64)
     conditional = conditional_variances(matrix)
+    by_block = block_variances(matrix) if blocked else None
     for name in names:
         found[name].moment = np.diagonal(matrix).copy()
-        found[name].conditional = conditional
+        found[name].conditional, found[name].blocked = conditional, by_block
         found[name].tokens = hessian.tokens
