@@ -28,7 +28,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def compare(candidate, base, tokenizer, text: str | None, samples: int):
     from bitween.gradual import GradualEvaluator
 
-    options = {"calibration_samples": 1, "selection_samples": 1, "evaluation_samples": samples}
+    options = {"calibration_samples": 1, "selection_samples": 1, "evaluation_samples": samples, "bounded": False}
     evaluator = GradualEvaluator(base, tokenizer, calibration_data=text, **options)
     return evaluator.comprehensive_evaluation(candidate)
 

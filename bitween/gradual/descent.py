@@ -7,7 +7,7 @@ by the safety multiplier (a stage predicted at up to that many budgets is still 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,8 @@ class Stage:
     nbytes : of all layers
     predicted : damage predicted before, nats per token
     damage : measured on the selection text, nats per token
-    increase : ln perplexity ratio measured on the selection text, nats per token
+    increase : ln perplexity ratio measured on the selection text, nats per token; with several domains that of the one
+        that takes most of its budget
     accepted : within the budget
     """
 
@@ -61,6 +62,7 @@ class Descent:
     realise : (name, plan) -> Realisation
     budget : nats per token of ln perplexity ratio
     safety_multiplier : >= 1, how far beyond the budget a prediction may lie and still be tried
+    budgets : {domain: nats per token} of domains that have a budget of their own
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Descent:
         realise: Callable[[str, Plan], Realisation],
         budget: float,
         safety_multiplier: float = 2.0,
+        budgets: Mapping[str, float] | None = None,
     ):
         self.frontier, self.budget, self.safety = frontier, budget, safety_multiplier
+        self.budgets = dict(budgets or {})
         self._realise = realise
         self.stages: list[Stage] = []
         self.model = DamageModel()
@@ -114,7 +118,7 @@ class Descent:
 
     def _judged(self, name: str, nbytes: int, predicted: float, realisation: Realisation) -> Stage:
         quality = realisation.measurement
-        increase = math.log1p(quality.perplexity_increase) if quality.perplexity_increase > -1 else -math.inf
+        increase = quality.nats(self.budget, self.budgets)
         accepted = math.isfinite(quality.damage) and increase <= self.budget
         stage = Stage(name, nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)
@@ -155,7 +159,7 @@ class Descent:
         if not known:
             return 1.0
         nearest = min(known, key=lambda s: abs(math.log(s.increase / self.budget)))
-        return float(np.clip(nearest.increase / nearest.damage, 0.2, 2.0))
+        return float(np.clip(nearest.increase / nearest.damage, 0.2, 4.0))
 
 
 def _spaced(start: int, target: int, steps: int) -> Sequence[int]:

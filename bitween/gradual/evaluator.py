@@ -8,55 +8,23 @@ small damage, cancels: base + head(h_q - h) + (W_q - W) h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 import bitween
-from bitween.gradual.proof import certificate
-from bitween.gradual.utils import budget_nats, perplexity_increase
+from bitween.gradual.measurement import Measurement, summary
+from bitween.gradual.proof import by_domain, certificate
+from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.head import position_blocks
 from bitween.realise.context import Reference, RunContext
+from bitween.text.calibration import Splits
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One candidate on one set of windows.
-
-    Attributes
-    ----------
-    damage : nats per token, mean KL(reference || candidate)
-    standard_error : nats, of `damage`, over windows
-    perplexity, reference_perplexity : of the next token
-    perplexity_increase : perplexity / reference_perplexity - 1
-    agreement : share of positions where both models rank the same token first
-    tokens : positions measured
-    """
-
-    damage: float
-    standard_error: float
-    perplexity: float
-    reference_perplexity: float
-    perplexity_increase: float
-    agreement: float
-    tokens: int
-
-    def to_dict(self) -> dict[str, float]:
-        """The same as plain numbers."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"KL {self.damage:.4f} ± {self.standard_error:.4f} nats/token, perplexity {self.perplexity:.2f} "
-            f"({self.perplexity_increase:+.2%} of {self.reference_perplexity:.2f}), "
-            f"same first choice {self.agreement:.1%}, {self.tokens:,} tokens"
-        )
 
 
 @dataclass(frozen=True)
@@ -110,20 +78,8 @@ class GradualEvaluator:
     ) -> Measurement:
         """The same from final states (windows, length, width) that are already computed."""
         divergence, gain, agree = self._score(_quality, final, runner, reference, stride)
-        per_window = divergence.mean(axis=1)
-        spread = float(per_window.std(ddof=1)) if len(per_window) > 1 else math.nan
         nll = -reference.log_likelihood[:, ::stride].double().numpy()
-        base = _mean(nll)
-        increase = _mean(gain)
-        return Measurement(
-            damage=_mean(divergence),
-            standard_error=spread / math.sqrt(len(per_window)),
-            perplexity=math.exp(min(base + increase, 700.0)),
-            reference_perplexity=math.exp(base),
-            perplexity_increase=perplexity_increase(increase),
-            agreement=float(agree.mean()),
-            tokens=int(divergence.size),
-        )
+        return summary(divergence, gain, agree, nll, reference.by_domain())
 
     def log_ratios(self, candidate: Any, *, split: str = "certification", windows: slice = slice(None)) -> np.ndarray:
         """ln p_reference - ln p_candidate of each next token, float64 (windows, length - 1)."""
@@ -137,33 +93,42 @@ class GradualEvaluator:
         max_perplexity_increase: float,
         *,
         confidence: float = 0.95,
+        budgets: Mapping[str, float] | None = None,
         keep: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda _, work: work(),
     ) -> certificate.Certificate:
-        """Prove on held-out documents that a candidate's perplexity increase is within the budget.
+        """Prove on held-out documents that a candidate's perplexity increase is within the budget in every domain.
 
         Parameters
         ----------
         candidate : model, or a BlockRunner over one
         max_perplexity_increase : relative, 0.05 = 5 %
         confidence : one-sided
+        budgets : {domain: relative increase allowed there instead}
         keep : called with a name and the work that measures some windows; returns its result, or that of an earlier run
 
         Returns
         -------
-        certificate.Certificate; text is drawn in a few looks until the answer is clear or the text ends.
+        certificate.Certificate; text of each domain is drawn in a few looks until the answer is clear or it ends. Of
+        several domains it is what `by_domain.together` makes of theirs.
         """
-        text = self.context.text.certification
+        text = self.context.text
 
         def measure(first: int, last: int) -> np.ndarray:
             return self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1)
 
-        return certificate.certify(
-            lambda first, last: keep(f"windows {first} to {last}", lambda: measure(first, last)),
-            [text.ids.shape[1] - 1] * len(text.ids),
-            text.document.numpy(),
-            budget=budget_nats(max_perplexity_increase),
-            confidence=confidence,
-            text=str(self.context.text.report["source"]),
+        def prove(name: str, first: int, last: int) -> certificate.Certificate:
+            rows = slice(first, last)
+            return certificate.certify(
+                lambda a, b: keep(f"windows {first + a} to {first + b}", lambda: measure(first + a, first + b)),
+                [text.certification.ids.shape[1] - 1] * (last - first),
+                text.certification.document[rows].numpy(),
+                budget=budget_nats((budgets or {}).get(name, max_perplexity_increase)),
+                confidence=confidence,
+                text=str(text.report["source"]) if len(text.domains) == 1 else name,
+            )
+
+        return by_domain.together(
+            {name: prove(name, *span) for name, span in _spans(text).items()}, str(text.report["source"]), text.domains
         )
 
     def comprehensive_evaluation(
@@ -261,6 +226,8 @@ def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Te
     return delta if delta.any() else None
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean in float64 by one thread, so that decisions do not depend on the number of threads."""
-    return float(np.mean(values, dtype=np.float64))
+def _spans(text: Splits) -> dict[str, tuple[int, int]]:
+    """First and last + 1 of each domain's windows of certification, which stand together."""
+    domain = text.certification.domain.numpy()
+    found = {name: np.flatnonzero(domain == place) for place, name in enumerate(text.domains)}
+    return {name: (int(rows[0]), int(rows[-1]) + 1) for name, rows in found.items() if len(rows)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
 from bitween.store.writing import writable
-from bitween.text import sources
+from bitween.text import mix
 from bitween.text.calibration import Splits
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
@@ -63,10 +63,14 @@ class GradualQuantizer:
     max_perplexity_increase : relative, 0.05 = 5 %
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
         never loosened.
-    calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most
+    calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most; of several
+        domains the proof takes 8 of each at least, as fewer bound nothing
     calibration_data : path, text, list of strings, (windows, length) token ids, name of a data set, or a data set,
-        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); default the text that comes
-        with bitween
+        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); or {name: any of these, or
+        None for the shipped domain of that name}; default the text that comes with bitween, six domains
+    domains : names of the domains of text that count, default all: windows are dealt out to them in equal shares, and
+        the budget must hold in each; or {name: largest relative increase allowed there, None for
+        `max_perplexity_increase`}
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
@@ -111,6 +115,7 @@ class GradualQuantizer:
         export_target: str = "any",
         seed: int = 0,
         *,
+        domains: Iterable[str] | Mapping[str, float | None] | None = None,
         schemes: Sequence[Scheme] | None = None,
         method: str = "gptq+refine",
         transforms: str = "auto",
@@ -145,7 +150,9 @@ class GradualQuantizer:
         )
         self.target = find_target(checked.pop("export_target"))
         vars(self).update(checked)
-        self.calibration_data = sources.checked(calibration_data, tokenizer)
+        self.text = mix.checked(calibration_data, domains, tokenizer)
+        if len(self.text.sources) == 1 and self.text.budgets:  # the only domain's budget is the run's
+            self.max_perplexity_increase = next(iter(self.text.budgets.values()))
         self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
         self.measure_importance, self.certify = importance, certify
@@ -201,7 +208,9 @@ class GradualQuantizer:
                 progress=self.progress,
             )
             front = frontier(self.sizes.plannable(to_items(scores), context))
-            descent = Descent(front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier)
+            descent = Descent(
+                front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier, self.budgets
+            )
             chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
             chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
             chosen = self._timed("distillation", lambda: self._distilled(chosen, descent, optimizer, recorder))
@@ -244,6 +253,11 @@ class GradualQuantizer:
     def budget(self) -> float:
         """ln(1 + max_perplexity_increase), nats per token."""
         return budget_nats(self.max_perplexity_increase)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The same, of the domains that have a budget of their own."""
+        return {name: budget_nats(increase) for name, increase in self.text.budgets.items()}
 
     def get_quantization_report(self) -> QuantizationReport:
         """The report of the last `quantize`."""
@@ -304,11 +318,12 @@ class GradualQuantizer:
             self.model,
             self.layout,
             self.tokenizer,
-            calibration_data=self.calibration_data,
+            calibration_data=self.text,
             calibration_samples=self.calibration_samples,
             evaluation_samples=self.evaluation_samples,
             length=self.sequence_length,
             seed=self.seed,
+            bounded=self.certify,
         )
 
     def _open_journal(self, context: RunContext) -> NullJournal:
@@ -320,6 +335,7 @@ class GradualQuantizer:
         options = {name: getattr(self, name) for name in names} | {
             "export_target": self.target.name,
             "one_pass": self.memory_need.one_pass,
+            "domains": {name: self.text.budgets.get(name) for name in self.text.sources},
         }
         text = {split: getattr(context.text, split).ids for split in ("calibration", "selection", "certification")}
         return Journal.open(self.journal, identity_of(self.model, text, options), self.resume)
@@ -346,7 +362,8 @@ class GradualQuantizer:
         def realise(name: str, plan: Plan) -> Realisation:
             self._tell(story.attempt, name, plan.nbytes, plan.damage, self.budget)
             found = optimizer.realise(plan.schemes, stage=name, recorder=recorder)
-            self._tell(story.result, found.measurement, self.max_perplexity_increase)
+            held = found.measurement.nats(self.budget, self.budgets) <= self.budget
+            self._tell(story.result, found.measurement, self.max_perplexity_increase, held)
             recorder.decision(f"stage {name}", {"nbytes": plan.nbytes, "damage": str(found.measurement.damage)})
             return found
 
@@ -385,7 +402,7 @@ class GradualQuantizer:
             return chosen, None
         key = min(fitting, key=lambda k: (fitting[k].damage, str(k)))
         stage = descent.try_plan(f"uniform {key}", fitting[key])
-        better = stage.damage < chosen.damage
+        better = stage.accepted >= chosen.accepted and stage.damage < chosen.damage
         text = f"{key}, {stage.nbytes / 2**20:.1f} MiB, KL {stage.damage:.4f}" + (" (taken)" if better else "")
         return (stage if better else chosen), {"scheme": str(key), **stage.to_dict(), "text": text}
 
@@ -421,6 +438,7 @@ class GradualQuantizer:
                 optimizer.runner,
                 self.max_perplexity_increase,
                 confidence=self.confidence,
+                budgets=self.text.budgets,
                 keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
             )
             self._tell(story.proof, last)
@@ -448,6 +466,7 @@ class GradualQuantizer:
             "confidence": self.confidence,
             "on_conflict": self.on_conflict,
             "export_target": self.target.name,
+            "domains": {n: self.text.budgets.get(n, self.max_perplexity_increase) for n in self.text.sources},
             "method": self.method,
             "seed": self.seed,
             "average_bits": 8 * chosen.nbytes / weights,

@@ -87,7 +87,7 @@ def _cards(report: dict[str, Any]) -> str:
         ("width", f"{t['average_bits']:.2f} bits", "a weight, scales and zeros included", None),
     ]  # fmt: skip
     if c:  # the proof comes first: the selection text steered the search, so that its numbers flatter
-        found, bound = (math.expm1(min(c[key], 700.0)) for key in ("increase", "bound"))
+        found, bound = (math.inf if c[key] is None else math.expm1(min(c[key], 700.0)) for key in ("increase", "bound"))
         note = f"at most {bound:+.2%} with {t['confidence']:.0%} confidence; budget +{t['perplexity_increase']:.1%}: "
         card = ("perplexity, held-out text", f"{found:+.2%}", note + c["verdict"], c["verdict"] == "accepted")
         cards.insert(0, card)

@@ -136,7 +136,8 @@ class QuantizationReport:
         """Relative, as the proof's held-out text has it; where none was asked for, as the selection text has it."""
         if self.certificate is None:
             return self.quality["perplexity_increase"]
-        return math.expm1(min(self.certificate["increase"], 700.0))
+        increase = self.certificate["increase"]  # None: not finite, as JSON has no infinity
+        return math.inf if increase is None else math.expm1(min(increase, 700.0))
 
     @property
     def proof(self) -> str:

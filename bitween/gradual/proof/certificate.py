@@ -15,8 +15,8 @@ single documents and windows are strongly skewed towards damage (skewness 1.75),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -237,6 +237,10 @@ class Certificate:
         What counted as independent: "documents" or "windows".
     needed_tokens : int or None
         If undecided: tokens of such text that would probably do, judged by the spread seen.
+    worst : str
+        The domain that numbers, looks and `needed_tokens` are of, where there are several; else "".
+    domains : dict of str to Certificate
+        The certificate of each domain, where there are several.
     """
 
     text: str
@@ -251,6 +255,8 @@ class Certificate:
     looks: tuple[Look, ...]
     by: str
     needed_tokens: int | None = None
+    worst: str = ""
+    domains: Mapping[str, Certificate] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
@@ -274,21 +280,24 @@ class Certificate:
 
     def to_dict(self) -> dict:
         """Plain values for JSON, perplexity fractions included; what is not finite becomes None."""
-        values = asdict(self)
+        values = asdict(replace(self, domains={}))
         values["looks"] = [{key: _plain(value) for key, value in look.items()} for look in values["looks"]]
         for name in ("perplexity_increase", "perplexity_bound", "perplexity_budget"):
             values[name] = getattr(self, name)
-        return {key: _plain(value) for key, value in values.items()}
+        parts = {name: {**part.to_dict(), "text_line": str(part)} for name, part in self.domains.items()}
+        return {key: _plain(value) for key, value in values.items()} | {"domains": parts}
 
     def __str__(self) -> str:
         amount = f"{self.tokens:,} tokens in {self.windows} windows"
         amount += f" of {self.documents} documents" if self.documents else ""
+        where = f" in {self.worst}, the worst of {len(self.domains)} domains" if self.worst else ""
         line = (
             f"{self.verdict}: perplexity {self.perplexity_increase:+.2%}, at most {self.perplexity_bound:+.2%} "
-            f"with {self.confidence:.4g} confidence; budget {self.perplexity_budget:+.2%}; {amount}"
+            f"with {self.confidence:.4g} confidence{where}; budget {self.perplexity_budget:+.2%}; {amount}"
         )
         line += f" from {self.text}" if self.text else ""
-        return line + (f"; about {self.needed_tokens:,} tokens would do" if self.needed_tokens else "")
+        more = f" of {self.worst}" if self.worst else ""
+        return line + (f"; about {self.needed_tokens:,} tokens{more} would do" if self.needed_tokens else "")
 
 
 def _expm1(value: float) -> float:
