@@ -9,8 +9,30 @@ from typing import Annotated
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, load, show
-from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
+from bitween.cli.inputs import (
+    check_dtype,
+    check_model,
+    check_output,
+    check_text,
+    check_unquantized,
+    load,
+    read_domains,
+    show,
+)
+from bitween.cli.options import (
+    Calibration,
+    Config,
+    Domains,
+    Dtype,
+    For,
+    Ignored,
+    Json,
+    Model,
+    Reduction,
+    Seed,
+    Text,
+    Trust,
+)
 
 
 @app.command()
@@ -20,6 +42,7 @@ def quantize(
     target_memory_reduction: Reduction = 0.6,
     max_perplexity_increase: Annotated[float, typer.Option(help="relative, 0.05 = 5 %")] = 0.05,
     calibration_data: Text = None,
+    domain: Domains = None,
     calibration_samples: Calibration = 100,
     evaluation_samples: Annotated[int, typer.Option(help="windows of text for the proof, at most")] = 200,
     ignore_layer: Ignored = None,
@@ -53,7 +76,8 @@ def quantize(
         seed=seed,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
     )
-    check_text(calibration_data)
+    domains = read_domains(domain)
+    check_text(calibration_data, domains)
     check_model(model)
     check_unquantized(model)
     journal = output.with_name(output.name + ".journal")
@@ -65,6 +89,7 @@ def quantize(
         loaded,
         tokenizer,
         calibration_data=calibration_data,
+        domains=domains,
         progress=Story(),
         journal=journal,
         resume=resume,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ import torch
 import bitween
 from bitween.gradual.measurement import Measurement, summary
 from bitween.gradual.proof import by_domain, certificate
+from bitween.gradual.proof.tails import tails
 from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.head import position_blocks
 from bitween.realise.context import Reference, RunContext
 from bitween.text.calibration import Splits
+from bitween.text.control_tokens import control_tokens
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
 
@@ -113,19 +116,28 @@ class GradualEvaluator:
         """
         text = self.context.text
 
-        def measure(first: int, last: int) -> np.ndarray:
-            return self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1)
+        control = control_tokens(self.context.tokenizer)
 
         def prove(name: str, first: int, last: int) -> certificate.Certificate:
-            rows = slice(first, last)
-            return certificate.certify(
-                lambda a, b: keep(f"windows {first + a} to {first + b}", lambda: measure(first + a, first + b)),
+            documents, seen = text.certification.document[first:last].numpy(), []
+
+            def measure(a: int, b: int) -> np.ndarray:
+                rows = slice(first + a, first + b)
+                work = partial(self._certified, candidate, rows, list(control.values()))
+                seen.append(keep(f"windows {first + a} to {first + b}", work))
+                return seen[-1][0].mean(axis=1)
+
+            found = certificate.certify(
+                measure,
                 [text.certification.ids.shape[1] - 1] * (last - first),
-                text.certification.document[rows].numpy(),
+                documents,
                 budget=budget_nats((budgets or {}).get(name, max_perplexity_increase)),
                 confidence=confidence,
                 text=str(text.report["source"]) if len(text.domains) == 1 else name,
             )
+            gain, changed, *mass = np.concatenate(seen, axis=1)
+            pairs = dict(zip(control, zip(mass[::2], mass[1::2], strict=True), strict=True))
+            return replace(found, tails=tails(gain, changed, pairs, documents[: len(gain)], confidence))
 
         return by_domain.together(
             {name: prove(name, *span) for name, span in _spans(text).items()}, str(text.report["source"]), text.domains
@@ -143,6 +155,14 @@ class GradualEvaluator:
         return Evaluation(self.measure(target, split="certification"), memory, proof)
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _certified(self, candidate: Any, windows: slice, control: list[list[int]]) -> np.ndarray:
+        """(2 + 2 kinds, windows, length - 1): ln p_ref - ln p_q, 1 where the first choice changed, and the probability
+        of each kind of control tokens by the reference and the candidate."""
+        part = self.context.reference("certification", windows)
+        runner = self._runner(candidate)
+        judge = partial(_proof, control)
+        return np.stack(self._score(judge, self.context.final_states(runner, part.windows), runner, part, 1))
 
     def _runner(self, candidate: Any) -> blocks.BlockRunner:
         if candidate is None or candidate is self.context.model:
@@ -192,6 +212,28 @@ def _quality(base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Ten
         return *gain, *gain, np.zeros(len(targets))
     same = base.argmax(-1) == logits.argmax(-1)
     return np.asarray(bitween.kl_divergence(base, logits)), *gain, same.numpy()
+
+
+def _proof(
+    control: list[list[int]], base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor, known: np.ndarray
+) -> tuple:
+    """(ln p_ref - ln p_q, another first choice, p_ref and p_q of each kind of control tokens)."""
+    gain = _gain(base, logits, targets, known)
+    before = _mass(base, control)
+    if logits is None:
+        lost = np.zeros(len(targets))
+        return *gain, np.ones(len(targets)), *(part for mass in before for part in (mass, lost))
+    changed = (base.argmax(-1) != logits.argmax(-1)).numpy()
+    both = zip(before, _mass(logits, control), strict=True)
+    return *gain, changed, *(part for pair in both for part in pair)
+
+
+def _mass(logits: torch.Tensor, control: list[list[int]]) -> list[np.ndarray]:
+    """Probability of each set of tokens together (rows,)."""
+    if not control:
+        return []
+    total = torch.logsumexp(logits.float(), -1)
+    return [(torch.logsumexp(logits[:, ids].float(), -1) - total).exp().numpy() for ids in control]
 
 
 class _HeadChange:

@@ -148,7 +148,30 @@ def _certificate(report: dict[str, Any]) -> str:
     c = report.get("certificate")
     if not c:
         return ""
-    return f"<section><h2>The proof</h2>{escape(c['text_line'])}</section>"
+    parts = c.get("domains") or {}
+    if not parts:
+        return f"<section><h2>The proof</h2>{escape(c['text_line'])} {escape(_tails(c))}</section>"
+    rows = [
+        [(name, None), *(_share(part[key]) for key in ("perplexity_increase", "perplexity_bound", "perplexity_budget")),
+         (f"{part['tokens']:,}", part["tokens"]), (part["verdict"], None), (_tails(part), None)]
+        for name, part in parts.items()
+    ]  # fmt: skip
+    columns = ["domain", "perplexity", "at most", "budget", "tokens", "verdict", "beside the mean"]
+    return f"<section><h2>The proof</h2>{escape(c['text_line'])}{_table(columns, rows)}</section>"
+
+
+def _share(value: float | None) -> tuple[str, float]:
+    """A cell; None stands for infinity, which JSON lacks."""
+    return ("∞", 1e9) if value is None else (f"{value:+.2%}", value)
+
+
+def _tails(part: dict[str, Any]) -> str:
+    """The bounds beside the mean's in one line."""
+    shown = []
+    for tail in part.get("tails") or ():
+        number = "{:.3f} nats" if tail["unit"] == "nats" else "{:.2%}"
+        shown.append(f"{tail['name']} at most {'∞' if tail['bound'] is None else number.format(tail['bound'])}")
+    return "; ".join(shown)
 
 
 def _layers(report: dict[str, Any]) -> str:

@@ -113,6 +113,7 @@ class QuantizationReport:
             f"  memory    {m.original_total / 2**20:,.1f} → {m.total / 2**20:,.1f} MiB (−{m.reduction:.1%}), "
             f"{self.average_bits:.2f} bits per weight over all layers, plain numbers in {m.dtype or 'their own dtype'}",
             f"  proof     {self.proof}",
+            *self._domain_lines(),
             f"  selection KL {q['damage']:.4f} nats/token, perplexity {q['reference_perplexity']:.2f} → "
             f"{q['perplexity']:.2f} ({q['perplexity_increase']:+.2%}), same first choice {q['agreement']:.1%} "
             f"({q['tokens']:,} tokens that steered the search)",
@@ -143,6 +144,21 @@ class QuantizationReport:
     def proof(self) -> str:
         """The certificate in one line."""
         return self.certificate["text_line"] if self.certificate else "none asked for"
+
+    def _domain_lines(self) -> list[str]:
+        """A row of the proof for each domain."""
+        parts = (self.certificate or {}).get("domains") or {}
+        lines = []
+        for name, part in parts.items():
+            found, bound, budget = (
+                math.inf if part[f"perplexity_{key}"] is None else part[f"perplexity_{key}"]
+                for key in ("increase", "bound", "budget")
+            )
+            lines.append(
+                f"    {name:12s}{found:+7.2%}, at most {bound:+.2%} of {budget:+.1%}: {part['verdict']} "
+                f"({part['tokens']:,} tokens)"
+            )
+        return lines
 
     def _schemes(self) -> str:
         counts = Counter(self.plan.values())
