@@ -18,10 +18,10 @@ COVERED = build/coverage
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize coverage fuzz soak bench docs clean
+.PHONY: help architectures demo test lint format sanitize coverage fuzz soak bench docs clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/bitween.stamp $(MODEL)/config.json  ## quantize a real language model gradually and show the report
 	rm -rf $(QUANTIZED)
@@ -65,6 +65,9 @@ coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (5 mi
 
 fuzz: $(VENV)/bitween.stamp  ## ten million hostile calls of the core under sanitizers (half an hour)
 	$(BIN)/python -m tests.c.fuzz
+
+architectures: $(VENV)/bitween.stamp  ## every causal-LM type of transformers, tiny, through all checks; writes docs/architectures.md (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 soak: $(VENV)/bitween.stamp  ## runs killed at 50 random moments and at every fsync and rename; bugs planted one by one (an hour)
 	BITWEEN_KILLS=50 $(BIN)/python -m pytest tests/gradual/journal/test_resume.py -k killed

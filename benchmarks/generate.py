@@ -7,7 +7,8 @@ All take turns in one process. One model is rounded to one scheme, embedding and
 counts here; --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set.
 --llama names an interpreter with llama-cpp-python: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
 which holds bitween's own codes, in a process of its own that works only in its turn. "x bf16" is the median over
-rounds of the ratio of the two.
+rounds of the ratio of the two. "layer by layer" is transformers' own forward pass on the same packed layers, and its text
+has to be the same. The second table tells where the time of a token goes, as the core takes it: CPU time, all threads.
 
 Writes results/generate.json and the table of docs/performance.md.
 """
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +30,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
-from bitween import Bitween, _core
+from bitween import Bitween, _core, decode
+from bitween.decode import stepping
 from bitween.export.gguf import export_gguf
+from bitween.layers import linear
 from bitween.model.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
@@ -45,16 +49,20 @@ class Writers:
         self.options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
         self.run: dict[str, Callable[[], object]] = {}
         self.nbytes: dict[str, int] = {}
+        self.text: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, model: torch.nn.Module, mode: str | None = None, isa: str | None = None) -> None:
-        """A model, with few rows multiplied in a mode, on an instruction set."""
+    def add(
+        self, name: str, model: torch.nn.Module, mode: str | None = None, isa: str | None = None, core: bool = True
+    ) -> None:
+        """A model, with few rows multiplied in a mode, on an instruction set, its steps taken by the core or not."""
         own = bitween.info()["isa"]
 
         def write() -> None:
+            (decode.attach if core else decode.detach)(model)
             if mode:
                 bitween.set_matmul_mode(model, mode)
             _core.set_isa(isa or own)
-            model.generate(self.ids, **self.options)
+            self.text[name] = model.generate(self.ids, **self.options)
             _core.set_isa(own)
 
         self.run[name], self.nbytes[name] = write, model_bytes(model)
@@ -82,6 +90,38 @@ def llama(stack: contextlib.ExitStack, python: str, model, tokenizer, tokens: in
     return write, path.stat().st_size, version
 
 
+def shares(writers: Writers, name: str, tokens: int) -> list[dict[str, object]]:
+    """Milliseconds of CPU time a token takes in the core's step, in the head and in Python around them."""
+    spent = {"blocks, in the core": 0.0, "products outside of it: the head, and the prompt": 0.0}
+
+    class Timed:
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        def __getattr__(self, function: str):
+            found = getattr(_core, function)
+            if function not in ("decode", "matmul"):
+                return found
+
+            def run(*args):
+                start = time.process_time()
+                found(*args)
+                spent[self.key] += time.process_time() - start
+
+            return run
+
+    writers.run[name]()
+    stepping._core, linear._core = (Timed(key) for key in spent)
+    try:
+        start = time.process_time()
+        writers.run[name]()
+        total = time.process_time() - start
+    finally:
+        stepping._core = linear._core = _core
+    spent["transformers' loop and the rest of Python"] = total - sum(spent.values())
+    return [{"part": k, "ms": 1e3 * v / tokens, "share": v / total} for k, v in spent.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory of a causal language model")
@@ -105,6 +145,7 @@ def main() -> None:
     writers.add("original, bfloat16", original)
     for mode in ("int16", "int8", "exact"):
         writers.add(f"{name}, {mode}", uniform, mode)
+    writers.add(f"{name}, int16, layer by layer", uniform, "int16", core=False)
     if options.isa:
         writers.add(f"{name}, int16, {options.isa}", uniform, "int16", options.isa)
     if options.quantized:
@@ -129,9 +170,12 @@ def main() -> None:
         }
         for name, took in seconds.items()
     ]
-    print(common.show(rows))
-    print("written to", common.save("generate", rows, tokens=options.tokens, rounds=options.rounds))
-    common.write_page(common.PERFORMANCE, "generate", [common.show(rows)])
+    if not torch.equal(writers.text[f"{name}, int16"], writers.text[f"{name}, int16, layer by layer"]):
+        print("the text of both paths differs", file=sys.stderr)
+    parts = shares(writers, f"{name}, int16", options.tokens)
+    print(common.show(rows), common.show(parts), sep="\n\n")
+    print("written to", common.save("generate", [*rows, *parts], tokens=options.tokens, rounds=options.rounds))
+    common.write_page(common.PERFORMANCE, "generate", [common.show(rows), common.show(parts)])
 
 
 if __name__ == "__main__":

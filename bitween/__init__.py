@@ -33,7 +33,7 @@ _PUBLIC = {
     "head_cross_entropy": "model.head",
     "head_kl_divergence": "model.head",
     "mean": "functional",
-    "info": "functional",
+    "info": "decode.telling",
     "set_num_threads": "_threads",
     "get_num_threads": "_threads",
     "QuantizedLinear": "layers.linear",

@@ -107,6 +107,23 @@ def matmul_trellis(
     out: _Tensor,
     mode: int = 0,
 ) -> None: ...
+def decoder(
+    sizes: tuple[int, int, int, int, int, bool, float, float, float, int, int],
+    linears: tuple[tuple[Any, ...], ...],
+    blocks: tuple[tuple[Any, ...], ...],
+    final: tuple[int, float, _Tensor | None] | None,
+) -> Any: ...  # a capsule for decode
+def decode(
+    decoder: Any,
+    x: _Tensor,
+    out: _Tensor,
+    ropes: tuple[tuple[_Tensor, _Tensor, bool], ...],
+    rooms: tuple[tuple[_Tensor, int, int, int], ...],
+    padding: _Tensor | None = None,
+) -> None: ...
+def unchanged(
+    empty: tuple[dict, ...], absent: tuple[dict, ...], key: Any, same: tuple[Any, ...], answers: tuple[Any, ...]
+) -> bool: ...
 def layout(scheme: _Scheme, rows: int, cols: int) -> dict[str, int]: ...
 def info() -> dict[str, Any]: ...
 def set_isa(name: str | None = None) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from bitween._progress import no_progress
@@ -11,15 +12,18 @@ from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
 from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.model.patterns import checked_patterns
+from bitween.model.whole import describe
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import BITS, TRELLIS_BITS, Scheme
 from bitween.store.writing import writable
+from bitween.text.examples import is_inputs
 
 __all__ = ["Bitween"]
 
 
 class Bitween:
-    """Quantizes every linear layer of a Hugging Face causal language model with one scheme.
+    """Quantizes every linear layer of a model with one scheme: a causal language model's block by block, those of any
+    other Hugging Face model or torch module, convolutions too, on full passes.
 
     Parameters
     ----------
@@ -56,7 +60,7 @@ class Bitween:
         self.sequence_length, self.calibration_samples, self.seed = sequence_length, calibration_samples, seed
         self.progress = progress
         check_own_weights(model)
-        self.layout = blocks.inspect(_copy(model))
+        self.layout, self.runs_whole = _layout(model)
         blocks.check_finite(model)
         self._memory: MemoryAnalysis | None = None
 
@@ -78,7 +82,9 @@ class Bitween:
         trainable : rounding and ranges trained on the output of each block by the sign of their gradient ("signround"),
             from GPTQ's result on. From 5 bits on, where training brings nothing, GPTQ stands alone, at 8 bits rounding
         method : a method of `bitween.quantize` by name instead: "rtn", "clip", "gptq", ...
-        calibration_data : path, list of strings, (windows, length) token ids, dataset name; default bitween's own text
+        calibration_data : path, list of strings, (windows, length) token ids, dataset name; default bitween's own text.
+            For models of images, sounds or anything else examples of their inputs: a DataLoader, a data set, dicts or
+            tensors (`bitween.text.examples`)
         ignore_layers : names or patterns (fnmatch) of layers to leave alone
 
         Raises
@@ -94,6 +100,8 @@ class Bitween:
         if method != "trellis" and scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
         patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
+        if self.runs_whole or is_inputs(calibration_data):
+            return self._whole(patterns, scheme, method, calibration_data)
         from bitween.realise.candidate import Candidate
 
         base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
@@ -114,6 +122,30 @@ class Bitween:
         """Bytes before and after the last `quantize`."""
         return self._memory or analyze_memory(self.model)
 
+    def _whole(self, patterns: tuple[str, ...], scheme: Scheme, method: str, calibration_data: Any) -> Any:
+        from bitween.realise.whole_context import float32_copy
+        from bitween.realise.whole_uniform import quantize_whole
+
+        layout = describe(float32_copy(self.model))
+        wanted = [x for x in layout.layers if x.plain and not x.matches(patterns)]
+        wanted = [x for x in wanted if self.embeddings or x.kind != "embedding"]
+        check_attachments(self.model, wanted)
+        plan = dict.fromkeys((layer.name for layer in wanted), scheme)
+        model = quantize_whole(
+            self.model,
+            plan,
+            method,
+            tokenizer=self.tokenizer,
+            calibration_data=calibration_data,
+            calibration_samples=self.calibration_samples,
+            length=self.sequence_length,
+            seed=self.seed,
+            stage=_stage(method, plan),
+            progress=self.progress or no_progress,
+        )
+        self._memory = analyze_memory(model, self.model)
+        return writable(model)
+
     def _own_method(self) -> str | None:
         return "trellis" if self.scheme.coding == "trellis" else None
 
@@ -122,7 +154,7 @@ class Bitween:
         found = []
         for layer in self.layout.layers:
             free = layer.plain and layer.kind != "router" and not layer.matches(patterns)
-            if free and (self.embeddings or layer.name not in ends):
+            if free and (self.embeddings or (layer.name not in ends and layer.kind != "table")):
                 found.append(layer)
         return found
 
@@ -161,10 +193,22 @@ def _stage(method: str, plan: dict[str, Scheme]) -> str:
     return " ".join([method, *sorted({str(scheme) for scheme in plan.values()})])
 
 
+def _layout(model: Any) -> tuple[Any, str]:
+    """How the model is laid out, and why it can only run as a whole, if so."""
+    from bitween.model.causal import find_layout
+
+    copy = _copy(model)
+    layout, reason = find_layout(copy)
+    return (describe(copy), reason) if layout is None else (layout, "")
+
+
 def _copy(model: Any) -> Any:
     from bitween.model.experts import shared_copy, unfolded
 
-    return unfolded(shared_copy(getattr(model, "_orig_mod", model)))
+    copy = shared_copy(getattr(model, "_orig_mod", model))
+    with suppress(Exception):  # stacks of experts are found by running token ids, which not every model takes
+        copy = unfolded(copy)
+    return copy
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:

@@ -23,9 +23,6 @@ __all__ = [
 ]
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
 def compare(candidate, base, tokenizer, text: str | None, samples: int):
     from bitween.gradual import GradualEvaluator
 
@@ -41,32 +38,16 @@ def load(name: str, dtype: str, trust: bool = False):
     """
     check_dtype(dtype)
     check_model(name)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from bitween.store.loading import is_packed, load_model
+    from bitween.store.opening import open_model
 
-    if is_packed(Path(name)):
-        return load_model(name)
-    place, options = name, {"trust_remote_code": trust}
-    if name.endswith(".gguf"):
-        place, options["gguf_file"] = str(Path(name).parent), Path(name).name
-    try:
-        kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
-        return model, AutoTokenizer.from_pretrained(place, **options)
-    except ValueError as error:
-        if trust or "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"model: {name} comes with code of its own, which is not run unasked: read it, then give "
-            "--trust-remote-code"
-        ) from error
+    return load_model(name) if is_packed(Path(name)) else open_model(name, dtype, trust=trust)
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    from bitween.store.opening import check_dtype
+
+    check_dtype(dtype, "--dtype")
 
 
 def check_model(name: str) -> None:

@@ -8,7 +8,20 @@ import typer
 
 from bitween.cli.app import app
 from bitween.cli.inputs import check_dtype, check_model, check_text, check_unquantized, load, natural
-from bitween.cli.options import Calibration, Config, Dtype, For, Ignored, Json, Model, Reduction, Seed, Text, Trust
+from bitween.cli.options import (
+    Calibration,
+    Config,
+    Dtype,
+    For,
+    Ignored,
+    Json,
+    Model,
+    Reduction,
+    Seed,
+    Text,
+    Trellis,
+    Trust,
+)
 
 
 @app.command()
@@ -19,6 +32,7 @@ def plan(
     calibration_samples: Calibration = 100,
     ignore_layer: Ignored = None,
     export_target: For = "any",
+    trellis: Trellis = False,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     seed: Seed = 0,
@@ -34,6 +48,7 @@ def plan(
         calibration_samples=calibration_samples,
         ignore_layers=ignore_layer or (),
         export_target=export_target,
+        trellis=trellis,
         seed=seed,
     )
     check_text(calibration_data)

@@ -15,7 +15,6 @@ from bitween.cli.inputs import (
     check_output,
     check_text,
     check_unquantized,
-    load,
     read_domains,
     show,
 )
@@ -31,6 +30,7 @@ from bitween.cli.options import (
     Reduction,
     Seed,
     Text,
+    Trellis,
     Trust,
 )
 
@@ -48,6 +48,7 @@ def quantize(
     ignore_layer: Ignored = None,
     on_conflict: Annotated[str, typer.Option(help="quality, memory or error")] = "quality",
     export_target: For = "any",
+    trellis: Trellis = False,
     dtype: Dtype = "auto",
     trust_remote_code: Trust = False,
     seed: Seed = 0,
@@ -73,6 +74,7 @@ def quantize(
         ignore_layers=ignore_layer or (),
         on_conflict=on_conflict,
         export_target=export_target,
+        trellis=trellis,
         seed=seed,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
     )
@@ -84,12 +86,13 @@ def quantize(
     from bitween.gradual import GradualQuantizer
     from bitween.report.progress import Story
 
-    loaded, tokenizer = load(model, dtype, trust_remote_code)
     quantizer = GradualQuantizer(
-        loaded,
-        tokenizer,
+        model,
+        None,
         calibration_data=calibration_data,
         domains=domains,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
         progress=Story(),
         journal=journal,
         resume=resume,
@@ -106,7 +109,7 @@ def quantize(
     report = quantizer.get_quantization_report()
     from bitween.store.saving import save_model
 
-    save_model(quantized, tokenizer, output, report=report.to_dict(), certificate=report.proof)
+    save_model(quantized, quantizer.tokenizer, output, report=report.to_dict(), certificate=report.proof)
     shutil.rmtree(journal)
     typer.echo(report.to_json() if as_json else str(report))
     if report.conflict:

@@ -21,6 +21,7 @@ class Target:
     fits : whether it can hold a (rows, cols) matrix under a scheme that it runs
     fuses : layers that read one tensor (q, k, v; gate, up) become one there and must share a scheme
     embeddings : whether the word embedding may be quantized
+    in_place : whether tables of positions and layers with arithmetic of their own may be quantized
     """
 
     name: str
@@ -28,6 +29,7 @@ class Target:
     fits: Callable[[Scheme, tuple[int, int]], bool] = lambda scheme, shape: True
     fuses: bool = False
     embeddings: bool = True
+    in_place: bool = False
 
 
 def _vllm(scheme: Scheme) -> bool:
@@ -66,7 +68,7 @@ def _tiles_of_32(scheme: Scheme, shape: tuple[int, int]) -> bool:
 TARGETS = {
     target.name: target
     for target in (
-        Target("any", lambda scheme: True),
+        Target("any", lambda scheme: True, in_place=True),
         Target("vllm", _vllm, _whole_groups, fuses=True, embeddings=False),
         Target("marlin", _marlin, _whole_groups, fuses=True, embeddings=False),
         Target("gguf", _gguf, _blocks_of_32),

@@ -34,8 +34,9 @@ class Stage:
     nbytes : of all layers
     predicted : damage predicted before, nats per token
     damage : measured on the selection text, nats per token
-    increase : ln perplexity ratio measured on the selection text, nats per token; with several domains that of the one
-        that takes most of its budget
+    increase : what counts against the budget, measured on the selection text: ln perplexity ratio, nats per token, with
+        several domains that of the one that takes most of its budget; or damage, or the drop of a metric, where the
+        budget is of these
     accepted : within the budget
     """
 
@@ -60,7 +61,8 @@ class Descent:
     ----------
     frontier : over all layers
     realise : (name, plan) -> Realisation
-    budget : nats per token of ln perplexity ratio
+    budget : nats per token of ln perplexity ratio, or in the unit of what else a measurement spends
+    ratios : least and largest that a nat of damage is taken to spend
     safety_multiplier : >= 1, how far beyond the budget a prediction may lie and still be tried
     budgets : {domain: nats per token} of domains that have a budget of their own
     """
@@ -71,8 +73,10 @@ class Descent:
         realise: Callable[[str, Plan], Realisation],
         budget: float,
         safety_multiplier: float = 2.0,
+        ratios: tuple[float, float] = (0.2, 4.0),
         budgets: Mapping[str, float] | None = None,
     ):
+        self._ratios = ratios
         self.frontier, self.budget, self.safety = frontier, budget, safety_multiplier
         self.budgets = dict(budgets or {})
         self._realise = realise
@@ -118,7 +122,7 @@ class Descent:
 
     def _judged(self, name: str, nbytes: int, predicted: float, realisation: Realisation) -> Stage:
         quality = realisation.measurement
-        increase = quality.nats(self.budget, self.budgets)
+        increase = quality.nats(self.budget, self.budgets) if self.budgets else quality.spent
         accepted = math.isfinite(quality.damage) and increase <= self.budget
         stage = Stage(name, nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)
@@ -159,7 +163,7 @@ class Descent:
         if not known:
             return 1.0
         nearest = min(known, key=lambda s: abs(math.log(s.increase / self.budget)))
-        return float(np.clip(nearest.increase / nearest.damage, 0.2, 4.0))
+        return float(np.clip(nearest.increase / nearest.damage, *self._ratios))
 
 
 def _spaced(start: int, target: int, steps: int) -> Sequence[int]:

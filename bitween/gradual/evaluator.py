@@ -8,7 +8,7 @@ small damage, cancels: base + head(h_q - h) + (W_q - W) h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,9 +77,9 @@ class GradualEvaluator:
         return self.measure_states(self.context.final_states(runner, reference.windows), runner, reference, stride)
 
     def measure_states(
-        self, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int = 1
+        self, final: Sequence[torch.Tensor], runner: blocks.BlockRunner, reference: Reference, stride: int = 1
     ) -> Measurement:
-        """The same from final states (windows, length, width) that are already computed."""
+        """The same from final states (length, width) of each window that are already computed."""
         divergence, gain, agree = self._score(_quality, final, runner, reference, stride)
         nll = -reference.log_likelihood[:, ::stride].double().numpy()
         return summary(divergence, gain, agree, nll, reference.by_domain())
@@ -176,7 +176,12 @@ class GradualEvaluator:
         return blocks.BlockRunner(candidate, layout, products=self.context.runner.products, check=False)
 
     def _score(
-        self, judge: _Judge, final: torch.Tensor, runner: blocks.BlockRunner, reference: Reference, stride: int
+        self,
+        judge: _Judge,
+        final: Sequence[torch.Tensor],
+        runner: blocks.BlockRunner,
+        reference: Reference,
+        stride: int,
     ) -> tuple[np.ndarray, ...]:
         """What `judge` says of each position, every part as float64 (windows, positions)."""
         change = _HeadChange(self.context.runner, runner)
@@ -185,7 +190,7 @@ class GradualEvaluator:
             ref, cand, targets = ref[:-1][::stride], cand[:-1][::stride], ids[1:][::stride]
             known = reference.log_likelihood[w, ::stride].numpy()
             scored = []
-            for part in position_blocks(len(targets)):
+            for part in position_blocks(len(targets), self.context.layout.head.shape[0]):
                 base = self.context.reference_logits(ref[part])
                 lost = not torch.isfinite(cand[part]).all()  # a candidate that overflowed has lost everything
                 logits = None if lost else change.logits(base, ref[part], cand[part])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from bitween._progress import Progress, no_progress, tell
 from bitween._recording import outside_inference_mode
 from bitween.export.targets import find_target
+from bitween.gradual.decisions import BudgetConflict, descend, not_worse_than_uniform, proven
 from bitween.gradual.descent import Descent, Stage
 from bitween.gradual.importance_analyzer import ImportanceAnalyzer
 from bitween.gradual.journal.journal import Journal, NullJournal, identity_of
@@ -21,44 +23,45 @@ from bitween.gradual.options import check_options
 from bitween.gradual.plan.candidates import to_items
 from bitween.gradual.plan.items import Plan
 from bitween.gradual.plan.memory_need import MemoryNeed, need_within
-from bitween.gradual.plan.planner import Frontier, frontier, uniform_plans
+from bitween.gradual.plan.planner import Frontier, frontier
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
-from bitween.gradual.scores.fisher import candidate_schemes
+from bitween.gradual.scores.fisher import candidate_schemes, trellis_schemes
 from bitween.gradual.utils import budget_nats
+from bitween.gradual.whole.run import WholeRun
 from bitween.model import blocks
 from bitween.model.attachments import check_attachments, check_own_weights
+from bitween.model.causal import find_layout
 from bitween.model.experts import shared_copy, unfolded
+from bitween.model.layout import ModelLayout
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.model.patterns import checked_patterns
+from bitween.model.spill import Spill
+from bitween.model.whole import WholeLayout, describe
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
+from bitween.store.opening import check_dtype, open_model
 from bitween.store.writing import writable
 from bitween.text import mix
 from bitween.text.calibration import Splits
+from bitween.text.examples import is_inputs
 
 __all__ = ["BudgetConflict", "GradualQuantizer"]
 
 PROBE_WINDOWS = 2  # of each importance trial: the ranking of blocks is for the report, the plan does not hang on it
 
 
-class BudgetConflict(ValueError):
-    """Memory target and perplexity budget can't be met together; `.tradeoffs` holds the nearest choices."""
-
-    def __init__(self, message: str, tradeoffs: dict[str, Any]):
-        super().__init__(message)
-        self.tradeoffs = tradeoffs
-
-
 class GradualQuantizer:
-    """Quantizes a Hugging Face causal language model gradually.
+    """Quantizes a model gradually: a Hugging Face causal language model block by block; any other Hugging Face model
+    or torch module on full passes through it, which is slower (`docs/tasks.md`).
 
     Parameters
     ----------
     model, tokenizer
-        The model stays as it is; `quantize` returns a new one that shares its unquantized weights.
+        The model stays as it is; `quantize` returns a new one that shares its unquantized weights. A directory (or a
+        name on the hub) in its place is opened without being read into memory whole; the tokenizer may then be None
     target_memory_reduction : share of the model's bytes to save, between 0 and 1
     max_perplexity_increase : relative, 0.05 = 5 %
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
@@ -67,7 +70,9 @@ class GradualQuantizer:
         domains the proof takes 8 of each at least, as fewer bound nothing
     calibration_data : path, text, list of strings, (windows, length) token ids, name of a data set, or a data set,
         DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); or {name: any of these, or
-        None for the shipped domain of that name}; default the text that comes with bitween, six domains
+        None for the shipped domain of that name}; default the text that comes with bitween, six domains. Of models of
+        images, sounds and anything else examples of their inputs: a DataLoader, a data set, dicts or tensors
+        (`bitween.text.examples`)
     domains : names of the domains of text that count, default all: windows are dealt out to them in equal shares, and
         the budget must hold in each; or {name: largest relative increase allowed there, None for
         `max_perplexity_increase`}
@@ -76,7 +81,13 @@ class GradualQuantizer:
         "memory" the best one at the memory target, "error" raises BudgetConflict
     export_target : "any", "vllm", "marlin", "gguf" or "auto-round": only schemes that this target runs are considered,
         and layers that it fuses share one
+    max_damage : instead of perplexity, how far answers may move: nats of KL for distributions, elsewhere squared error
+        of the outputs relative to their variance; a mean over examples
+    metric, max_metric_drop : instead of both, a function of a model (more is better) and how far it may fall. It gives
+        a number, or one for each of its examples: then half of them steer the search and the others prove the budget
+    damage : "kl" or "error", how answers are compared; default by what the output is
     schemes : candidates, default 2 to 8 bits, groups of 32 to 128, symmetric and not
+    trellis : consider trellis codes of 1.5 to 5 bits too: less damage at equal bytes, slower products, only in bitween
     method : quantizer of layers below 8 bits
     transforms : "auto" rotates and folds where the architecture allows it, "none" leaves the weights' basis alone
     distillation_steps : steps of training that bring row scales and norm gains of the chosen plan, and no codes, nearer
@@ -92,6 +103,8 @@ class GradualQuantizer:
         Every finished step (scores, block, stage, decision) is on the disk at once, so that a run that was stopped goes
         on there and ends bit for bit as an uninterrupted one. Made when missing; yours to remove afterwards.
     resume : False starts over what the journal holds
+    dtype, trust_remote_code : of a model given as a directory: "auto" (what its config says), "float32", "bfloat16" or
+        "float16", or such a torch dtype; whether code that comes with it may run
 
     Raises
     ------
@@ -116,7 +129,12 @@ class GradualQuantizer:
         seed: int = 0,
         *,
         domains: Iterable[str] | Mapping[str, float | None] | None = None,
+        max_damage: float | None = None,
+        metric: Callable[[Any], Any] | None = None,
+        max_metric_drop: float | None = None,
+        damage: str | None = None,
         schemes: Sequence[Scheme] | None = None,
+        trellis: bool = False,
         method: str = "gptq+refine",
         transforms: str = "auto",
         distillation_steps: int = 40,
@@ -129,8 +147,9 @@ class GradualQuantizer:
         progress: Progress = no_progress,
         journal: str | os.PathLike | None = None,
         resume: bool = True,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
     ):
-        self.model, self.tokenizer = model, tokenizer
         checked = check_options(
             target_memory_reduction=target_memory_reduction,
             max_perplexity_increase=max_perplexity_increase,
@@ -146,31 +165,57 @@ class GradualQuantizer:
             transforms=transforms,
             max_memory=max_memory,
             ignore_layers=ignore_layers,
+            trellis=trellis,
             seed=seed,
+            max_damage=max_damage,
+            metric=metric,
+            max_metric_drop=max_metric_drop,
+            damage=damage,
         )
+        self._spill = Spill()
+        if isinstance(model, (str, os.PathLike)):
+            options = {"trust": trust_remote_code, "keep": self._spill.keep, "tokenizer": tokenizer}
+            model, tokenizer = open_model(model, dtype, **options)
+            self._spill.adopt(model.parameters())
+        elif check_dtype(dtype) != "auto":
+            raise ValueError(f'dtype: expected "auto" for a model that is loaded already; got {dtype!r}')
+        self.model, self.tokenizer = model, tokenizer
         self.target = find_target(checked.pop("export_target"))
         vars(self).update(checked)
-        self.text = mix.checked(calibration_data, domains, tokenizer)
-        if len(self.text.sources) == 1 and self.text.budgets:  # the only domain's budget is the run's
-            self.max_perplexity_increase = next(iter(self.text.budgets.values()))
         self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
         self.measure_importance, self.certify = importance, certify
-        self.schemes = tuple(scheme for scheme in schemes or candidate_schemes() if self.target.runs(scheme))
+        coded = trellis_schemes() if self.trellis else ()
+        if coded and not self.target.runs(coded[0]):
+            raise ValueError(f"trellis: expected False for {export_target}, which can't run trellis codes; got True")
+        self.schemes = tuple(s for s in (*(schemes or candidate_schemes()), *coded) if self.target.runs(s))
+        self._coded = any(scheme.coding == "trellis" for scheme in self.schemes)
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         check_own_weights(model)
-        self.layout = blocks.inspect(unfolded(shared_copy(model)))  # the user's own modules may run elsewhere meanwhile
+        self.layout, reason = self._find_layout(calibration_data if domains is None else None)
+        self.calibration_data = calibration_data
+        if reason and domains is not None:
+            raise ValueError(f"domains: expected None, as {reason}; got {domains!r}")
+        self.text = mix.Mix({}) if reason else mix.checked(calibration_data, domains, tokenizer)
+        if len(self.text.sources) == 1 and self.text.budgets:  # the only domain's budget is the run's
+            self.max_perplexity_increase = next(iter(self.text.budgets.values()))
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
+        self._spill.let_go()
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
         check_attachments(model, [x for x in self.layout.layers if not self.sizes.ignored(x)])
         self.sizes.check_reach()
-        self.memory_need = self._need()
         self._report: QuantizationReport | None = None
         self._seconds: dict[str, float] = {}
+        self._whole: WholeRun | None = None
+        if reason:
+            self._whole = WholeRun(model, tokenizer, self.sizes, reason, self._options())
+            _ = self._whole.budget  # what is wrong with examples or budget is told now
+        else:
+            self.memory_need = self._need()
 
     # ---- public ----------------------------------------------------------------------------------
 
@@ -185,6 +230,10 @@ class GradualQuantizer:
         RuntimeError
             The model to be delivered computes something else than the one that was measured.
         """
+        if self._whole is not None:
+            model = self._whole.quantize()
+            self._report = model.bitween_report
+            return model
         started = time.monotonic()
         self.memory_need.warn()
         self._tell(story.begin, self.layout, self.sizes, self.max_perplexity_increase, self.budget)
@@ -192,7 +241,7 @@ class GradualQuantizer:
         self._tell(story.text, text)
         base, transforms = self._prepare()
         self._tell(story.transformed, transforms)
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         with self._open_journal(context) as journal:
             recorder = Recorder(journal, context.layout)
             self._tell(story.analysis, len(self.schemes))
@@ -209,14 +258,18 @@ class GradualQuantizer:
             )
             front = frontier(self.sizes.plannable(to_items(scores), context))
             descent = Descent(
-                front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier, self.budgets
+                front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier, budgets=self.budgets
             )
-            chosen, conflict = self._timed("descent", lambda: self._descend(descent, optimizer))
-            chosen, uniform = self._timed("uniform check", lambda: self._not_worse_than_uniform(chosen, descent))
+            rules = {"on_conflict": self.on_conflict, "budget": "perplexity budget"}
+            words = f"perplexity budget of {self.max_perplexity_increase:.1%}"
+            walk = partial(descend, descent, self.sizes, stages=self.stages, words=words, **rules)
+            chosen, conflict = self._timed("descent", walk)
+            chosen, uniform = self._timed("uniform check", lambda: not_worse_than_uniform(chosen, descent))
             chosen = self._timed("distillation", lambda: self._distilled(chosen, descent, optimizer, recorder))
             proof = None
             if self.certify:
-                prove = partial(self._prove, chosen, conflict, descent, optimizer, recorder)
+                certify = partial(self._certify, optimizer=optimizer, recorder=recorder)
+                prove = partial(proven, chosen, conflict, descent, certify, **rules)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
         model = writable(optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1]))
@@ -225,6 +278,7 @@ class GradualQuantizer:
             model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
         self._report.unreached_experts.extend(sorted(optimizer.realiser.unreached))
+        self._report.full_precision.extend(self.sizes.full_precision())
         model.bitween_report = self._report
         self._tell(story.delivered, self._report.memory, conflict)
         return model
@@ -238,20 +292,24 @@ class GradualQuantizer:
         The frontier, which answers any other target of the same model at once (`within_bytes`, `within_damage`; its
         bytes are those of the layers), and the plan of least damage at the memory target.
         """
+        if self._whole is not None:
+            return self._whole.plan()
         text = self._timed("text", self._cut_text)
         base, _ = self._prepare()
-        context = RunContext.build(base, self.tokenizer, text=text, seed=self.seed, progress=self.progress)
+        context = self._context(base, text)
         analyzer = ImportanceAnalyzer(
             base, self.tokenizer, probe_windows=PROBE_WINDOWS, context=context, progress=self.progress
         )
-        self._timed("curvature", analyzer.analyze_curvature)
+        self._timed("curvature", lambda: analyzer.analyze_curvature(blocked=self._coded))
         scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
         front = frontier(self.sizes.plannable(to_items(scores), context))
         return front, front.within_bytes(self.sizes.layer_limit)
 
     @property
     def budget(self) -> float:
-        """ln(1 + max_perplexity_increase), nats per token."""
+        """ln(1 + max_perplexity_increase), nats per token; of another budget its limit."""
+        if self._whole is not None:
+            return self._whole.budget.limit
         return budget_nats(self.max_perplexity_increase)
 
     @property
@@ -279,11 +337,30 @@ class GradualQuantizer:
             "fixed_bytes": self.sizes.fixed,
             "layers": len(self.layout.layers),
             "ignored_layers": [x.name for x in self.layout.layers if self.sizes.ignored(x)],
-            "tied": self.layout.tied,
+            "tied": any(x.kind == "embedding" and x.shared for x in self.layout.layers),
             "kept": [f"{kept.name}: {kept.reason}" for kept in self.layout.kept],
-            "memory_needed": self.memory_need.total,
+            "full_precision": self.sizes.full_precision(),
+            "memory_needed": None if self._whole is not None else self.memory_need.total,
             "memory_available": available_bytes(),
         }
+
+    def _find_layout(self, calibration_data: Any) -> tuple[ModelLayout | WholeLayout, str]:
+        """The model in blocks; as a whole, and why, where it can't be run so or what is asked needs whole passes."""
+        copy = shared_copy(self.model)  # the user's own modules may run elsewhere meanwhile
+        with suppress(Exception):  # stacks of experts are found by running token ids, which not every model takes
+            copy = unfolded(copy)
+        layout, reason = find_layout(copy)
+        if layout is not None and is_inputs(calibration_data):
+            reason = "calibration_data holds other inputs than text"
+        elif layout is not None and (self.max_damage is not None or self.metric is not None or self.damage):
+            reason = "the budget is not one of perplexity"
+        return (describe(copy), reason) if reason else (layout, "")
+
+    def _options(self) -> dict[str, Any]:
+        names = ("target_memory_reduction", "max_perplexity_increase", "max_damage", "metric", "max_metric_drop")
+        names += ("damage", "safety_multiplier", "calibration_samples", "evaluation_samples", "calibration_data")
+        names += ("sequence_length", "stages", "on_conflict", "method", "confidence", "certify", "seed", "progress")
+        return {name: getattr(self, name) for name in (*names, "journal", "resume", "ignore_layers", "schemes")}
 
     def _need(self) -> MemoryNeed:
         return need_within(
@@ -298,19 +375,25 @@ class GradualQuantizer:
 
     # ---- before ----------------------------------------------------------------------------------
 
+    def _context(self, base: Any, text: Splits) -> RunContext:
+        return RunContext.build(
+            base, self.tokenizer, text=text, seed=self.seed, progress=self.progress, spill=self._spill
+        )
+
     def _prepare(self) -> tuple[Any, dict[str, Any]]:
         """A float32 copy to work on, in a basis that is easier to quantize where the architecture allows one."""
         base = shared_copy(unfolded(self.model))
+        self._spill.rest_after(base.get_submodule(block.name) for block in self.layout.blocks)
         for parameter in base.parameters():  # tied weights stay tied: they are one parameter
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+                parameter.data = self._spill.keep(parameter.data.float())
         if self.transforms == "none":
             return base, {"steps": [], "skipped": {}}
         from bitween.transforms import apply, plan_transforms
 
         layout = blocks.inspect(base)
         steps = ("scale",) if self.method in ("rtn", "clip") else ("rotate",)  # rotation needs error feedback to pay
-        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed)
+        report = apply(base, layout, plan_transforms(base, layout, steps), seed=self.seed, keep=self._spill.keep)
         return base, {"steps": list(report.steps), "skipped": report.skipped, "logit_change": report.logit_change}
 
     def _cut_text(self) -> Splits:
@@ -347,7 +430,7 @@ class GradualQuantizer:
         )
 
         def work() -> tuple[dict, Any]:
-            curvature = self._timed("curvature", analyzer.analyze_curvature)
+            curvature = self._timed("curvature", lambda: analyzer.analyze_curvature(blocked=self._coded))
             scores = self._timed("scores", lambda: analyzer.predict_damage(self.schemes))
             return scores, curvature[context.layout.embedding.name].moment
 
@@ -369,43 +452,6 @@ class GradualQuantizer:
 
         return realise
 
-    def _descend(self, descent: Descent, optimizer: PrecisionOptimizer) -> tuple[Stage, str | None]:
-        """The stage that stands, and why not both targets are met, if so."""
-        limit = self.sizes.layer_limit
-        stage = descent.walk(max(self.sizes.uniform(Scheme(8, 128, True)), limit), limit, self.stages)
-        if stage is not None and stage.accepted:
-            return stage, None
-        if self.on_conflict == "memory":
-            stage = stage or descent.try_plan("memory target", descent.frontier.within_bytes(limit))
-            return stage, None if stage.accepted else "the memory target was kept, the perplexity budget was not"
-        found = descent.smallest_within_budget(limit)
-        if self.on_conflict == "error":
-            needs = f"{found.nbytes / 2**20:.1f} MiB" if found else "more than 8 bits"
-            raise BudgetConflict(
-                f"at {limit / 2**20:.1f} MiB of layers the perplexity budget of {self.max_perplexity_increase:.1%} "
-                f"does not hold; it needs {needs}",
-                {"stages": _stages(descent)},
-            )
-        if found is None:
-            safest = max(descent.stages, key=lambda s: s.nbytes)
-            return safest, "no plan tried holds the perplexity budget; this is the most careful one"
-        return found, None if found.nbytes <= limit else "the perplexity budget was kept, the memory target was not"
-
-    def _not_worse_than_uniform(self, chosen: Stage, descent: Descent) -> tuple[Stage, dict[str, Any] | None]:
-        """Measure the best uniform scheme of at most the same bytes, and take it should it be better."""
-        fitting = {
-            key: plan
-            for key, plan in uniform_plans(descent.frontier.items).items()
-            if key and plan.nbytes <= chosen.nbytes
-        }
-        if not fitting:
-            return chosen, None
-        key = min(fitting, key=lambda k: (fitting[k].damage, str(k)))
-        stage = descent.try_plan(f"uniform {key}", fitting[key])
-        better = stage.accepted >= chosen.accepted and stage.damage < chosen.damage
-        text = f"{key}, {stage.nbytes / 2**20:.1f} MiB, KL {stage.damage:.4f}" + (" (taken)" if better else "")
-        return (stage if better else chosen), {"scheme": str(key), **stage.to_dict(), "text": text}
-
     def _distilled(self, chosen: Stage, descent: Descent, optimizer: PrecisionOptimizer, recorder: Recorder) -> Stage:
         """The chosen stage with row scales and norm gains trained end to end, if that is nearer to the original."""
         if not self.distillation_steps:
@@ -416,43 +462,18 @@ class GradualQuantizer:
         self._tell(story.distilled, chosen.damage, stage.damage, better)
         return stage if better else chosen
 
-    def _prove(
-        self,
-        chosen: Stage,
-        conflict: str | None,
-        descent: Descent,
-        optimizer: PrecisionOptimizer,
-        recorder: Recorder,
-    ) -> tuple[Stage, Any, str | None]:
-        """Test from a safer stage to the chosen one on held-out text; what fails is not returned as proven.
-
-        Safer is what did less damage to the selection text, so the order is fixed before the proof's text is seen.
-        """
-        safer = [s for s in descent.stages if s.accepted and s.nbytes > chosen.nbytes and s.damage < chosen.damage]
-        sequence = [*sorted(safer, key=lambda s: s.damage)[-1:], chosen]
-        accepted, last = None, None
-        for stage in sequence:
-            optimizer.restore(stage.realisation)
-            self._tell(story.proving, stage.nbytes, len(optimizer.context.text.certification))
-            last = optimizer.evaluator.certify(
-                optimizer.runner,
-                self.max_perplexity_increase,
-                confidence=self.confidence,
-                budgets=self.text.budgets,
-                keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
-            )
-            self._tell(story.proof, last)
-            if last.verdict != "accepted":
-                break
-            accepted = stage, last
-        if accepted is not None and (accepted[0] is chosen or self.on_conflict == "quality"):
-            stage, proof = accepted
-            if stage is not chosen:
-                conflict = "the memory target's model could not be proven within the budget; this larger one could"
-            return stage, proof, conflict
-        if self.on_conflict == "error":
-            raise BudgetConflict(f"the budget could not be proven: {last}", {"stages": _stages(descent)})
-        return chosen, last, conflict or "the perplexity budget could not be proven on held-out text"
+    def _certify(self, stage: Stage, optimizer: PrecisionOptimizer, recorder: Recorder) -> Any:
+        optimizer.restore(stage.realisation)
+        self._tell(story.proving, stage.nbytes, len(optimizer.context.text.certification))
+        proof = optimizer.evaluator.certify(
+            optimizer.runner,
+            self.max_perplexity_increase,
+            confidence=self.confidence,
+            budgets=self.text.budgets,
+            keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
+        )
+        self._tell(story.proof, proof)
+        return proof
 
     # ---- after -----------------------------------------------------------------------------------
 
@@ -505,7 +526,3 @@ class GradualQuantizer:
 
 def _keep(steps: PlanSteps, distilled: bool, name: str, work: Any) -> Any:
     return steps.array(f"distilled, {name}" if distilled else name, work)
-
-
-def _stages(descent: Descent) -> list[dict[str, Any]]:
-    return [stage.to_dict() for stage in descent.stages]

@@ -118,12 +118,17 @@ class ImportanceAnalyzer:
             units = [unit for unit in units if unit.name in set(layers)]
         return self._measure(units)
 
-    def analyze_curvature(self, *, elementwise: bool = False, **options: Any) -> dict[str, LayerCurvature]:
+    def analyze_curvature(
+        self, *, elementwise: bool = False, blocked: bool = False, **options: Any
+    ) -> dict[str, LayerCurvature]:
         """Fisher information of every layer; see `curvature.collect_curvature` for the options."""
-        missing = elementwise and any(c.elementwise is None for c in self._curvature.values())
+        known = self._curvature.values()
+        missing = (elementwise and any(c.elementwise is None for c in known)) or (
+            blocked and any(c.blocked is None for c in known if c.conditional is not None)
+        )
         if not self._curvature or missing:
             options.setdefault("progress", self.progress)
-            self._curvature = collect_curvature(self.context, elementwise=elementwise, **options)
+            self._curvature = collect_curvature(self.context, elementwise=elementwise, blocked=blocked, **options)
         return self._curvature
 
     def predict_damage(
@@ -131,7 +136,9 @@ class ImportanceAnalyzer:
     ) -> dict[str, LayerScores]:
         """Predicted damage, with its error, of every candidate scheme for every layer."""
         schemes = tuple(schemes or candidate_schemes())
-        return score_layers(self.context.layout, self.analyze_curvature(), schemes, feedback=feedback, ranges=ranges)
+        blocked = feedback and any(scheme.coding == "trellis" for scheme in schemes)
+        curvature = self.analyze_curvature(blocked=blocked)
+        return score_layers(self.context.layout, curvature, schemes, feedback=feedback, ranges=ranges)
 
     def get_block_thresholds(self, global_budget: float = 0.05) -> dict[str, float]:
         """Damage in nats that each block may cause, so that all together stay within a perplexity increase.

@@ -53,6 +53,11 @@ class Measurement:
         rises = {name: _log1p(part.perplexity_increase) for name, part in self.domains.items()}
         return max(rise * budget / (budgets or {}).get(name, budget) for name, rise in rises.items())
 
+    @property
+    def spent(self) -> float:
+        """What counts against a budget of perplexity: the rise of its log, nats per token, in the worst domain."""
+        return self.nats(1.0)
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -13,6 +13,7 @@ __all__ = ["ON_CONFLICT", "check_options"]
 ON_CONFLICT = ("quality", "memory", "error")
 TRANSFORMS = ("auto", "none")
 _SHARES = ("target_memory_reduction", "max_perplexity_increase", "confidence")
+_LIMITS = ("max_damage", "max_metric_drop")
 _LEAST = {  # whole numbers
     "calibration_samples": 1,
     "evaluation_samples": 1,
@@ -31,6 +32,9 @@ def check_options(**options: Any) -> dict[str, Any]:
     TypeError, ValueError
         naming the argument, what was expected and what came.
     """
+    if (options.get("metric") is None) != (options.get("max_metric_drop") is None):
+        given, missing = ("metric", "max_metric_drop")[:: 1 if options.get("metric") is not None else -1]
+        raise ValueError(f"{missing}: expected together with {given}; got None")
     return {name: _checked(name, value) for name, value in options.items()}
 
 
@@ -41,15 +45,32 @@ def _checked(name: str, value: Any) -> Any:
         return check_at_least(name, value, 1.0)
     if name in _LEAST:
         return None if value is None and name == "max_memory" else int(check_at_least(name, value, _LEAST[name]))
+    if name in _LIMITS:
+        return None if value is None else _limit(name, value)
+    if name == "damage" and value not in (None, "kl", "error"):
+        raise ValueError(f'damage: expected "kl", "error" or None; got {value!r}')
+    if name == "metric" and value is not None and not callable(value):
+        raise TypeError(f"metric: expected a function of a model; got {type(value).__name__}")
     if name == "on_conflict" and value not in ON_CONFLICT:
         raise ValueError(f"on_conflict: expected one of {', '.join(ON_CONFLICT)}; got {value!r}")
     if name == "transforms" and value not in TRANSFORMS:
         raise ValueError(f'transforms: expected "auto" or "none"; got {value!r}')
+    if name == "trellis" and not isinstance(value, bool):
+        raise TypeError(f"trellis: expected True or False; got {value!r}")
     if name == "export_target":
         find_target(value)
     if name == "seed":
         return _seed(value)
     return _patterns(value) if name == "ignore_layers" else value
+
+
+def _limit(name: str, value: Any) -> float:
+    """A number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number above 0; got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0; got {value!r}")
+    return float(value)
 
 
 def _seed(value: Any) -> int:

@@ -175,10 +175,7 @@ class PrecisionOptimizer:
 
     def restore(self, realisation: Realisation) -> None:
         """Put the candidate back into the state that a realisation left, bit for bit."""
-        self.candidate.restore_all()
-        for name, tensor in realisation.stored.items():
-            self.candidate.put(self.context.layout.layer(name), tensor)
-        self.candidate.put_gains(realisation.gains)
+        self.candidate.hold(realisation.stored, realisation.gains)
 
     def distill(self, realisation: Realisation, steps: int, recorder: Recorder | None = None) -> Realisation:
         """The same codes with row scales and norm gains that bring the whole model nearer to the original.

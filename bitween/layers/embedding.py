@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from bitween.functional import quantize
-from bitween.layers.decoding import decode
-from bitween.layers.packed import Packed, by_torch_alone, empty_stored
+from bitween.layers.packed import Packed, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
-__all__ = ["QuantizedEmbedding", "lookup_scale"]
+__all__ = ["QuantizedEmbedding", "is_lookup", "lookup_scale", "stored_scale"]
 
 _PROBE_ROWS = 8
 
@@ -28,12 +27,28 @@ def lookup_scale(embedding: nn.Embedding) -> float | None:
     """
     if type(embedding).forward is nn.Embedding.forward:
         return 1.0
-    if any(t.is_meta for t in (*embedding.parameters(), *embedding.buffers())) or not embedding.num_embeddings:
+    if any(t.is_meta for t in (*embedding.parameters(), *embedding.buffers())):
+        return None
+    return _scale_of(embedding)
+
+
+def is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether an embedding does no more than look rows up and multiply them by a number, on the meta device too."""
+    return type(embedding).forward is nn.Embedding.forward or _scale_of(embedding) is not None
+
+
+def _scale_of(embedding: nn.Embedding) -> float | None:
+    if not embedding.num_embeddings:
         return None
     rows, width = min(_PROBE_ROWS, embedding.num_embeddings), embedding.embedding_dim
-    table = torch.linspace(0.5, 1.5, rows * width, device=embedding.weight.device).reshape(rows, width)
-    probe = copy.copy(embedding)  # shares everything but the table
+    device = "cpu" if embedding.weight.is_meta else embedding.weight.device
+    table = torch.linspace(0.5, 1.5, rows * width, device=device).reshape(rows, width)
+    probe = copy.copy(embedding)  # shares everything but the table, and what has no values
     probe._parameters = {**embedding._parameters, "weight": nn.Parameter(table.to(embedding.weight.dtype), False)}
+    probe._buffers = {
+        name: torch.full_like(buffer, 2, device=device) if buffer is not None and buffer.is_meta else buffer
+        for name, buffer in embedding._buffers.items()
+    }
     ids = torch.arange(rows, device=table.device)[None]
     try:
         with torch.no_grad():
@@ -46,6 +61,15 @@ def lookup_scale(embedding: nn.Embedding) -> float | None:
     scale = (got.double() / plain.double()).mean().item()
     close = torch.allclose(got.double(), plain.double() * scale, rtol=4 * torch.finfo(got.dtype).eps, atol=0)
     return float(torch.tensor(scale, dtype=torch.float32)) if close and math.isfinite(scale) and scale else None
+
+
+def stored_scale(embedding: nn.Embedding) -> float | None:
+    """`lookup_scale` where a packed table is to hold it, else None.
+
+    A class with arithmetic of its own always has one, though it be 1: whoever lays the model out anew can't ask a
+    table without memory for its number, and expects one in the file by the class alone.
+    """
+    return None if type(embedding).forward is nn.Embedding.forward else lookup_scale(embedding)
 
 
 class QuantizedEmbedding(Packed):
@@ -76,8 +100,11 @@ class QuantizedEmbedding(Packed):
         super().__init__(stored, dtype)
         self.num_embeddings, self.embedding_dim = self._shape
         self.padding_idx = padding_idx
+        self._hold_scale(scale)
+
+    def _hold_scale(self, scale: float | None) -> None:
         device = self.codes.device
-        number = None if scale in (None, 1.0) else torch.tensor(scale, dtype=torch.float32, device=device)
+        number = None if scale is None else torch.tensor(scale, dtype=torch.float32, device=device)
         self.register_buffer("multiplier", number)
 
     @classmethod
@@ -98,14 +125,18 @@ class QuantizedEmbedding(Packed):
         """Quantize an nn.Embedding, a scaled one too; `options` go to `bitween.quantize`."""
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None; got {embedding.max_norm}")
-        scale = lookup_scale(embedding)
-        if scale is None:
+        if lookup_scale(embedding) is None:
             kind = type(embedding).__name__
             raise ValueError(f"embedding: expected rows looked up and multiplied by a number at most; got {kind}")
         weight = embedding.weight.detach()
         stored = quantize(weight.cpu(), scheme, method=method, **options)
-        table = cls(stored, weight.dtype, embedding.padding_idx, scale).to(weight.device)
+        table = cls(stored, weight.dtype, embedding.padding_idx, stored_scale(embedding)).to(weight.device)
         return table.train(embedding.training)
+
+    @staticmethod
+    def tied_to(embedding: QuantizedEmbedding) -> QuantizedEmbedding:
+        """A second table on the memory of a first one, as an encoder and a decoder have: `state_dict` holds it once."""
+        return _TiedEmbedding(embedding)
 
     @classmethod
     def empty(
@@ -118,13 +149,13 @@ class QuantizedEmbedding(Packed):
         device: Any = None,
         scale: float | None = None,
     ) -> QuantizedEmbedding:
-        """A table of zero codes, to be filled by `load_state_dict`; any `scale` but 1 makes room for one."""
+        """A table of zero codes, to be filled by `load_state_dict`; any `scale` makes room for one."""
         return cls(empty_stored(num_embeddings, embedding_dim, scheme, device), dtype, padding_idx, scale)
 
     @classmethod
     def empty_like(cls, module: nn.Module, scheme: Scheme) -> QuantizedEmbedding | None:
-        """An empty table for what an nn.Embedding holds; None for any other module."""
-        if not isinstance(module, nn.Embedding):
+        """An empty table for an nn.Embedding that looks up and scales at most; None for any other module."""
+        if not isinstance(module, nn.Embedding) or not is_lookup(module):
             return None
         # One with arithmetic of its own keeps a number in the checkpoint; a skeleton on meta cannot be asked for it.
         scale = None if type(module).forward is nn.Embedding.forward else 0.0
@@ -132,15 +163,42 @@ class QuantizedEmbedding(Packed):
         return cls.empty(*shape, scheme, weight.dtype, module.padding_idx, weight.device, scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        flat = ids.reshape(-1).to(torch.int64)
-        if not by_torch_alone(ids):
-            rows = self.quantized.dequantize(self.dtype, rows=flat)
-        else:
-            zeros = None if self.zeros is None else self.zeros[flat]
-            rows = decode(self.codes[flat], self.scales[flat], zeros, self.scheme, self.embedding_dim, self.dtype)
-        rows = rows.reshape(*ids.shape, self.embedding_dim)
+        rows = self.rows(ids, self.dtype)
         return rows if self.multiplier is None else rows * self.multiplier
 
     def extra_repr(self) -> str:
         scale = "" if self.multiplier is None else f", scale={float(self.multiplier):g}"
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}', dtype={self.dtype}{scale}"
+
+
+class _TiedEmbedding(QuantizedEmbedding):
+    """A lookup table that reads its rows from another, which owns them."""
+
+    def __init__(self, owner: QuantizedEmbedding) -> None:
+        self.__dict__["_owner"] = owner  # not a submodule: the rows belong to one module only
+        super().__init__(owner.quantized, owner.dtype, owner.padding_idx)
+
+    def _hold_scale(self, scale: float | None) -> None:
+        """Holds none either."""
+
+    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Holds nothing: the owner is asked."""
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self._owner._packed()
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._owner.codes
+
+    @property
+    def scales(self) -> torch.Tensor:
+        return self._owner.scales
+
+    @property
+    def zeros(self) -> torch.Tensor | None:
+        return self._owner.zeros
+
+    @property
+    def multiplier(self) -> torch.Tensor | None:
+        return self._owner.multiplier

@@ -86,6 +86,17 @@ class ExpertStack(nn.Module):
         """All numbers at once, in the parameter's shape: slow, for uses that are no product."""
         return torch.stack([self[e].dense() for e in range(len(self))])
 
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        """As of a tensor; with the sides of the matrices exchanged a batched product still runs on packed bytes."""
+        if {dim0 % 3, dim1 % 3} == {1, 2}:
+            return _Turned(self)
+        return self.dense().transpose(dim0, dim1)
+
+    @property
+    def mT(self) -> Any:
+        """The stack with the sides of the matrices exchanged."""
+        return _Turned(self)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """As nn.Module, and the dtype that the numbers would have follows."""
         super()._apply(fn, recurse)
@@ -98,13 +109,51 @@ class ExpertStack(nn.Module):
         kwargs = kwargs or {}
         if func in (torch.bmm, torch.Tensor.bmm, *_MATMULS) and len(args) == 2 and not kwargs:
             x, stack = args
-            batched = isinstance(stack, ExpertStack) and stack.transposed and isinstance(x, torch.Tensor)
-            if batched and x.ndim == 3 and len(x) == len(stack):
-                return torch.stack([_nonzero_rows(stack.layer(e), rows) for e, rows in enumerate(x)])
+            if isinstance(stack, ExpertStack) and stack.transposed and (out := _batched(x, stack)) is not None:
+                return out
         return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
 
     def extra_repr(self) -> str:
         return f"{len(self)} experts, transposed={self.transposed}"
+
+
+class _Turned:
+    """A stack whose matrices have their sides exchanged, as an operand."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self.stack = stack
+
+    def dense(self) -> torch.Tensor:
+        """All numbers at once."""
+        return self.stack.dense().transpose(1, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.stack[index].t() if isinstance(index, int) else self.dense()[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.bmm, torch.Tensor.bmm, *_MATMULS) and len(args) == 2 and not kwargs:
+            x, turned = args
+            upright = isinstance(turned, _Turned) and not turned.stack.transposed
+            if upright and (out := _batched(x, turned.stack)) is not None:
+                return out
+        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+
+
+def _batched(x: Any, stack: ExpertStack) -> torch.Tensor | None:
+    """x (experts, rows, inputs) times each expert's matrix; None for operands of another shape."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 3 or len(x) != len(stack):
+        return None
+    return torch.stack([_nonzero_rows(stack.layer(e), rows) for e, rows in enumerate(x)])
 
 
 def _nonzero_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +250,7 @@ _MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 
 
 def _unpacked(value: Any) -> Any:
-    if isinstance(value, (ExpertStack, ExpertWeight)):
+    if isinstance(value, (ExpertStack, ExpertWeight, _Turned)):
         return value.dense()
     return type(value)(_unpacked(v) for v in value) if type(value) in (tuple, list) else value
 

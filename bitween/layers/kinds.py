@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
+from bitween.layers.conv import QuantizedConv
 from bitween.layers.embedding import QuantizedEmbedding
+from bitween.layers.in_place import PackedInPlace
 from bitween.layers.linear import QuantizedLinear
 from bitween.layers.packed import Packed
 from bitween.scheme import Scheme
 
 __all__ = ["KINDS", "empty_like"]
 
-KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding)  # a new kind is one file, and its name here
+# A new kind is one file, and its name here; the last takes what has arithmetic of its own.
+KINDS: tuple[type[Packed], ...] = (QuantizedLinear, QuantizedEmbedding, QuantizedConv, PackedInPlace)
 
 
 def empty_like(module: nn.Module, scheme: Scheme) -> Packed | None:

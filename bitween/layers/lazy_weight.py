@@ -30,18 +30,31 @@ class LazyWeight(torch.Tensor):
     ----------
     unpack : from a dtype to the matrix as a new tensor
     shape, dtype, device : of the matrix
+    rows : from ids and a dtype to rows of the matrix as a new tensor, so that a lookup unpacks no others
     """
 
     _is_hf_initialized = True  # transformers' initialisers leave what is marked so alone
 
     @staticmethod
     def __new__(
-        cls, unpack: Callable[[torch.dtype], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: Any
+        cls,
+        unpack: Callable[[torch.dtype], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: Any,
+        rows: Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None = None,
     ) -> LazyWeight:
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, unpack: Callable[[torch.dtype], torch.Tensor], *_: Any) -> None:
-        self._unpack = unpack
+    def __init__(
+        self,
+        unpack: Callable[[torch.dtype], torch.Tensor],
+        _shape: Any = None,
+        _dtype: Any = None,
+        _device: Any = None,
+        rows: Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None = None,
+    ) -> None:
+        self._unpack, self._rows = unpack, rows
 
     def numbers(self) -> torch.Tensor:
         """The matrix as a plain new tensor."""
@@ -51,7 +64,9 @@ class LazyWeight(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             weight = args[0]  # `.data` too: a copy there would take what is written to it and forget it
-            return LazyWeight(weight._unpack, tuple(weight.shape), weight.dtype, weight.device)
+            return LazyWeight(weight._unpack, tuple(weight.shape), weight.dtype, weight.device, weight._rows)
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], LazyWeight) and args[0]._rows:
+            return args[0]._rows(args[1], args[0].dtype)
         if func in _SCALING and len(args) > 1 and isinstance(args[1], (int, float)) and args[1] == 1:
             return args[0]  # RWKV divides weights by 2^(layer // 6), by 1 in most layers
         schema = func._schema

@@ -13,6 +13,7 @@ from bitween._threads import follow_torch
 from bitween.functional import quantize
 from bitween.layers import tiles
 from bitween.layers.packed import Packed, by_torch_alone, empty_stored
+from bitween.layers.plain import is_plain_linear
 from bitween.quantized_tensor import QuantizedTensor, as_input, mode_number
 from bitween.scheme import Scheme
 
@@ -122,8 +123,8 @@ class QuantizedLinear(Packed):
 
     @classmethod
     def empty_like(cls, module: nn.Module, scheme: Scheme) -> QuantizedLinear | None:
-        """An empty layer for what an nn.Linear or transformers' Conv1D holds; None for any other module."""
-        if isinstance(module, nn.Linear):
+        """An empty layer for an nn.Linear that only multiplies, or transformers' Conv1D; None for any other module."""
+        if isinstance(module, nn.Linear) and is_plain_linear(module):
             cols, rows = module.in_features, module.out_features
         elif hasattr(module, "nf"):
             cols, rows = module.nx, module.nf

@@ -13,7 +13,9 @@ from bitween.layers.lazy_weight import LazyWeight
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import TILE, Scheme
 
-__all__ = ["Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+__all__ = ["MOVES", "Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+
+MOVES = [0]  # how often a packed layer was moved or cast, so that who keeps addresses knows when to look again
 
 
 def by_torch_alone(tensor: torch.Tensor) -> bool:
@@ -41,6 +43,9 @@ class Packed(nn.Module):
 
     def __init__(self, stored: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self._keep(stored, dtype)
+
+    def _keep(self, stored: QuantizedTensor, dtype: torch.dtype) -> None:
         self.scheme = stored.scheme
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows module.to(dtype)
         self._shape = (int(stored.shape[0]), int(stored.shape[1]))
@@ -63,7 +68,7 @@ class Packed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The matrix as model code reads it: a tensor without memory, unpacked where its numbers are wanted."""
-        return LazyWeight(self.dequantize, self._shape, self.dtype, self.codes.device)
+        return LazyWeight(self.dequantize, self._shape, self.dtype, self.codes.device, self.rows)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -86,8 +91,19 @@ class Packed(nn.Module):
             return self.quantized.dequantize(dtype)
         return decode(self.codes, self.scales, self.zeros, self.scheme, self._shape[1], dtype)
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the matrix as a new tensor (*ids.shape, cols) of `dtype`; all others stay packed."""
+        flat = ids.reshape(-1).to(torch.int64)
+        if not by_torch_alone(ids):
+            found = self.quantized.dequantize(dtype, rows=flat)
+        else:
+            zeros = None if self.zeros is None else self.zeros[flat]
+            found = decode(self.codes[flat], self.scales[flat], zeros, self.scheme, self._shape[1], dtype)
+        return found.reshape(*ids.shape, self._shape[1])
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """As nn.Module, but scales keep their 16 bits when a change of dtype passes over the model."""
+        MOVES[0] += 1
         scales = self._buffers.get("scales")
         if scales is not None:
             self._buffers["scales"] = scales.view(torch.int16)  # what is not floating point moves, but is not cast

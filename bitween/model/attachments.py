@@ -32,7 +32,7 @@ def check_own_weights(model: nn.Module) -> None:
                 f"model: expected a model without adapters; got {where}{type(module).__name__} of peft: "
                 "call merge_and_unload() first, and give what it returns"
             )
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module) and not _stays(module):
             raise ValueError(
                 f"{name}: expected weights of its own; got a parametrization of "
                 f"{', '.join(module.parametrizations)}: call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -87,6 +87,12 @@ def _check(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name}: expected max_norm=None, since packed rows are not renormalised; got {module.max_norm}"
         )
+
+
+def _stays(module: nn.Module) -> bool:
+    """A convolution in groups is left alone: wav2vec2's, whose weight transformers itself computes from two others, is
+    one, and its checkpoints hold these two."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1
 
 
 def _is_adapter(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from bitween.layers import tiles
 from bitween.model.experts import unfolded
 from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
+from bitween.model.one_block import OneBlockReplay
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
 __all__ = ["Block", "BlockRunner", "Context", "Kept", "Layer", "ModelLayout", "check_finite", "inspect", "kind_of"]
@@ -47,9 +48,35 @@ def inspect(model: nn.Module) -> ModelLayout:
     embedding, blocks, head, others, kept = find_parts(model)
     names = {module: name for name, module in model.named_modules()}
     replay = Replay(model, [block.name for block in blocks], head.name)
+    try:
+        with settled(model), torch.no_grad():
+            tail = replay.find_tail(_probe_ids(embedding))
+        layout = ModelLayout(embedding, blocks, tuple((names[module], module) for module in tail), head, others, kept)
+        BlockRunner(model, layout)
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        return _as_one_block(model, (embedding, blocks, head, others, kept), error)
+    return layout
+
+
+def _as_one_block(model: nn.Module, parts: tuple, error: Exception) -> ModelLayout:
+    """All layers between embedding and head as one block, for the reason that `error` gives.
+
+    Where the model's own forward pass fails, that error is the one to see.
+    """
+    embedding, blocks, head, others, kept = parts
+    _forward(model, embedding)
+    outside = tuple(layer for layer in others if layer.kind in ("table", "own"))
+    inside = (*(layer for block in blocks for layer in block.layers), *(x for x in others if x not in outside))
+    whole = Block("", model, inside)
+    layout = ModelLayout(embedding, (whole,), (), head, outside, kept, str(error).removeprefix("model: "))
+    BlockRunner(model, layout)
+    return layout
+
+
+def _forward(model: nn.Module, embedding: Layer) -> torch.Tensor:
+    """The model's logits for a few tokens."""
     with settled(model), torch.no_grad():
-        tail = replay.find_tail(_probe_ids(embedding))
-    return ModelLayout(embedding, blocks, tuple((names[module], module) for module in tail), head, others, kept)
+        return logits_of(model(_probe_ids(embedding)))
 
 
 def check_described(model: nn.Module, layout: ModelLayout) -> None:
@@ -103,7 +130,10 @@ class BlockRunner:
         self.device = next(self.model.parameters()).device
         bf16 = self.device.type != "cpu" or tiles.cpu_has_bf16()
         self.products = ("bf16" if bf16 else "fp32") if products == "auto" else products
-        self._replay = Replay(self.model, [block.name for block in layout.blocks], layout.head.name)
+        if layout.one_block:
+            self._replay: Replay = OneBlockReplay(self.model, layout.embedding.name, layout.head.name)
+        else:
+            self._replay = Replay(self.model, [block.name for block in layout.blocks], layout.head.name)
         self._contexts: dict[tuple, Context] = {}
         self._shared: dict[int, tuple[tuple[str, ...], ...]] = {}
         self._held: ExitStack | None = None
@@ -296,6 +326,14 @@ class BlockRunner:
     def _blank_ids(self, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(like.shape[:2], dtype=torch.long, device=self.device)
 
+    def _keeps_state(self, i: int) -> str:
+        if self.layout.one_block:
+            return (
+                "model: expected equal results from equal inputs; got others the second time, as with sampling inside "
+                f"or a state that is kept ({self.layout.one_block})"
+            )
+        return f"model: cannot run block by block, {self.layout.blocks[i].name} keeps state"
+
     def _check(self) -> None:
         """Learn whether tail and logits are plain, and compare with the model's own forward pass."""
         own, self.products = self.products, "fp32"
@@ -307,7 +345,7 @@ class BlockRunner:
                 for i in range(len(self.layout.blocks)):
                     before, hidden = hidden, self.run_block(i, hidden, context)
                     if not torch.equal(hidden, self.run_block(i, before, context)):
-                        raise ValueError(f"model: cannot run block by block, {self.layout.blocks[i].name} keeps state")
+                        raise ValueError(self._keeps_state(i))
                 final = self._replay.to_head(self._blank_ids(hidden), hidden)
                 self._plain_tail = True
                 self._plain_tail = torch.equal(final, self.final(hidden))

@@ -16,15 +16,18 @@ from bitween.functional import cross_entropy, kl_divergence
 __all__ = ["head_cross_entropy", "head_kl_divergence", "position_blocks"]
 
 _POSITIONS = 256  # enough for a product at full speed
+_LEAST = 32  # below it a product mostly waits for the head's weight
+_LOGITS = 1 << 22  # held at once, about, where the vocabulary is known: several copies of them live beside each other
 
 
-def position_blocks(count: int) -> Iterator[slice]:
-    """Positions 0 .. count-1 in blocks whose logits may be held at once."""
-    for first in range(0, count, _POSITIONS):
-        yield slice(first, min(first + _POSITIONS, count))
+def position_blocks(count: int, vocabulary: int = 0) -> Iterator[slice]:
+    """Positions 0 .. count-1 in blocks whose logits may be held at once; fewer positions of a large vocabulary."""
+    step = max(_LEAST, min(_POSITIONS, _LOGITS // vocabulary)) if vocabulary else _POSITIONS
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
 
 
-def head_cross_entropy(head: Callable[[Any], Any], states: Any, targets: Any) -> np.ndarray:
+def head_cross_entropy(head: Callable[[Any], Any], states: Any, targets: Any, *, vocabulary: int = 0) -> np.ndarray:
     """Negative log-likelihood of each token, straight from what enters the head.
 
     Parameters
@@ -32,13 +35,14 @@ def head_cross_entropy(head: Callable[[Any], Any], states: Any, targets: Any) ->
     head : from states (n, width) to logits (n, vocabulary); a `QuantizedLinear`, an `nn.Linear`, any function
     states : (tokens, width)
     targets : (tokens,) integers, 0 .. vocabulary - 1
+    vocabulary : of the head, if known: of a large one fewer positions are taken at once
 
     Returns
     -------
     float32 (tokens,), nats; the same as `cross_entropy(head(states), targets)`
     """
     _check(states, "targets", targets, 1)
-    return _each(len(states), lambda part: cross_entropy(head(states[part]), targets[part]))
+    return _each(len(states), lambda part: cross_entropy(head(states[part]), targets[part]), vocabulary)
 
 
 def head_kl_divergence(
@@ -59,8 +63,8 @@ def head_kl_divergence(
     return _each(len(states), lambda part: kl_divergence(reference(reference_states[part]), head(states[part])))
 
 
-def _each(count: int, measure: Callable[[slice], np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.float32), *map(measure, position_blocks(count))])
+def _each(count: int, measure: Callable[[slice], np.ndarray], vocabulary: int = 0) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.float32), *map(measure, position_blocks(count, vocabulary))])
 
 
 def _check(states: Any, name: str, other: Any, ndim: int) -> None:

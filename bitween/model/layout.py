@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from bitween.layers.embedding import lookup_scale
+from bitween.layers.embedding import is_lookup
+from bitween.layers.in_place import can_be_packed
+from bitween.layers.plain import is_plain_linear
 from bitween.model.experts import experts_of, routers_of
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,8 +31,11 @@ class Layer:
         Path of the module inside the model, as ``model.named_modules()`` spells it.
     module : nn.Module
         The module itself.
-    kind : {"linear", "conv1d", "embedding", "expert", "router"}
-        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "expert" is one expert's
+    kind : {"linear", "conv1d", "embedding", "expert", "router", "table", "own", "conv"}
+        "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "table" is a lookup of
+        anything but words (positions, segments, codebooks), "own" a linear layer that computes more than a product:
+        it keeps its arithmetic (`bitween.layers.in_place`), rounded by its weights alone. "conv" is a convolution
+        of torch's, its kernels flattened to rows; only `bitween.model.whole` lists these. "expert" is one expert's
         matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
         experts and stays in full precision: a small change of it sends tokens elsewhere.
     shape : (int, int)
@@ -41,7 +46,8 @@ class Layer:
         same item: quantized once, counted once.
     plain : bool
         True when the module computes nothing beyond the product or the lookup, so that a
-        quantized layer can stand in its place. An embedding that multiplies its rows by a number is plain too.
+        quantized layer can stand in its place. An embedding that multiplies its rows by a number is plain too, and
+        so is what keeps its arithmetic.
     """
 
     name: str
@@ -62,10 +68,14 @@ class Layer:
         if self.quantized:
             raise ValueError(f"{self.name}: the layer is already quantized and holds no full weight")
         weight = self.module.weight.detach()
+        if self.kind == "conv":
+            return weight.flatten(1)
         return weight.t() if self.kind == "conv1d" else weight
 
     def as_weight(self, values: torch.Tensor) -> torch.Tensor:
         """Numbers (outputs, inputs) in the shape in which the module keeps its weight."""
+        if self.kind == "conv":
+            return values.reshape(self.module.weight.shape)
         return values.T.contiguous() if self.kind == "conv1d" else values
 
     def matches(self, patterns: Iterable[str]) -> bool:
@@ -117,6 +127,8 @@ class ModelLayout:
         Linear layers outside the blocks.
     kept : tuple of Kept
         Every other matrix, with the reason why it is not a layer.
+    one_block : str or None
+        Why the model cannot be run block by block; all its layers between embedding and head are then one block.
     """
 
     embedding: Layer
@@ -125,6 +137,7 @@ class ModelLayout:
     head: Layer
     others: tuple[Layer, ...]
     kept: tuple[Kept, ...]
+    one_block: str | None = None
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -202,7 +215,7 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
         prefix = f"{list_name}.{i}"
         inside = [(f"{prefix}.{n}", m) for n, m in member.named_modules()]
         blocks.append(Block(prefix, member, _new_layers(inside, names, listed, kinds)))
-    others = _new_layers(paths, names, listed, kinds)
+    others = _others(paths, names, listed, kinds)
     layers = (embedding, head, *others, *(layer for block in blocks for layer in block.layers))
     _check_dtypes(layers)
     return embedding, tuple(blocks), head, others, _kept(model, layers)
@@ -253,10 +266,22 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _make_layer(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
-    plain = _is_quantized(module) or kind_of(module) == "conv1d" or type(module).forward is nn.Linear.forward
-    plain = plain or (isinstance(module, nn.Embedding) and lookup_scale(module) is not None)
     shared = tuple(n for n in names.get(_weight_key(module), ()) if n != name)
-    return Layer(name, module, kind_of(module), _shape(module), shared, plain)
+    kind, plain = kind_of(module), True
+    if not _is_quantized(module):
+        if isinstance(module, nn.Embedding):
+            plain = is_lookup(module)
+        elif isinstance(module, nn.Linear) and not is_plain_linear(module):
+            kind, plain = "own", not shared and can_be_packed(module)
+    return Layer(name, module, kind, _shape(module), shared, plain)
+
+
+def _make_table(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
+    """A lookup of anything but words; memory that several modules share stays where it is unless all look it up."""
+    layer = _make_layer(name, module, names)
+    if layer.quantized or layer.plain:
+        return replace(layer, kind="table")
+    return replace(layer, kind="table", plain=not layer.shared and can_be_packed(module))
 
 
 def _end(model, module, role: str, paths, names) -> Layer:
@@ -267,16 +292,32 @@ def _end(model, module, role: str, paths, names) -> Layer:
 
 
 def _new_layers(paths, names, listed: set[tuple], kinds: dict[str, str]) -> tuple[Layer, ...]:
-    """Linear layers among `paths` whose weight is not listed yet; lists them."""
+    """Linear layers among `paths` whose weight is not listed yet; lists them. Those with arithmetic of their own are
+    left for `_others`, since nothing is known of what they multiply."""
     layers = []
     for name, module in paths:
         if kind_of(module) not in ("linear", "conv1d") or 0 in _shape(module):
             continue
         key = _weight_key(module)
         if key not in listed:
-            listed.add(key)
             layer = _make_layer(name, module, names)
+            if layer.kind == "own":
+                continue
+            listed.add(key)
             layers.append(replace(layer, kind=kinds.get(name, layer.kind)))
+    return tuple(layers)
+
+
+def _others(paths, names, listed: set[tuple], kinds: dict[str, str]) -> tuple[Layer, ...]:
+    """What no block and no end holds: linear layers, then lookups and linear layers with arithmetic of their own."""
+    layers = list(_new_layers(paths, names, listed, kinds))
+    for name, module in paths:
+        kind = kind_of(module)
+        if kind is None or 0 in _shape(module) or (key := _weight_key(module)) in listed:
+            continue
+        make = _make_table if kind == "embedding" else _make_layer
+        listed.add(key)
+        layers.append(make(name, module, names))
     return tuple(layers)
 
 

@@ -7,11 +7,14 @@ import fnmatch
 from collections.abc import Iterable
 
 from bitween.model.layout import ModelLayout
+from bitween.model.whole import WholeLayout
 
 __all__ = ["checked_patterns"]
 
 
-def checked_patterns(argument: str, patterns: str | Iterable[str], layout: ModelLayout) -> tuple[str, ...]:
+def checked_patterns(
+    argument: str, patterns: str | Iterable[str], layout: ModelLayout | WholeLayout
+) -> tuple[str, ...]:
     """The patterns as a tuple.
 
     Raises

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from bitween.decode import attach
 from bitween.model import blocks
 from bitween.model.experts import fold_untouched, shared_copy, unfolded
+from bitween.model.spill import Spill, end_rest
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise import delivery
 
@@ -18,18 +20,24 @@ __all__ = ["Candidate"]
 class Candidate:
     """A model under change: layers hold either the original weight or a quantized one, as plain numbers.
 
-    Full-size numbers keep every product at full speed during the search; `install` puts the packed
-    layers in at the end. Restoring a layer gives back the original tensor itself, so rollback is exact.
+    Full-size numbers, in the files of `spill`, keep every product at full speed during the search; `install` puts the
+    packed layers in at the end. Restoring a layer gives back the original tensor itself, so rollback is exact.
+
+    Parameters
+    ----------
+    original, layout : the model and its `inspect` result
+    spill : keeps the numbers of quantized layers; default in memory
 
     Attributes
     ----------
     model : shares every unchanged tensor with the original
-    layout : of `model`
+    original : layout of the original
     stored : {layer name: QuantizedTensor} of the layers quantized now
     """
 
-    def __init__(self, original: Any, layout: blocks.ModelLayout):
+    def __init__(self, original: Any, layout: blocks.ModelLayout, spill: Spill | None = None):
         self.original = layout
+        self._spill = spill or Spill(least=None)
         self.model = shared_copy(unfolded(original))
         self.stored: dict[str, QuantizedTensor] = {}
         self._gains: dict[str, torch.nn.Parameter] = {}  # of norms that hold others now: what they held
@@ -37,8 +45,8 @@ class Candidate:
 
     def put(self, layer: blocks.Layer, tensor: QuantizedTensor) -> None:
         """Let the layer compute with a stored matrix; layers that share the weight follow."""
-        values = tensor.dequantize(layer.module.weight.dtype)
-        parameter = torch.nn.Parameter(layer.as_weight(values), requires_grad=False)
+        values = self._spill.keep(layer.as_weight(tensor.dequantize(layer.module.weight.dtype)))
+        parameter = torch.nn.Parameter(values, requires_grad=False)
         for name in (layer.name, *layer.shared):
             self._modules[name].weight = parameter
         self.stored[layer.name] = tensor
@@ -49,6 +57,19 @@ class Candidate:
             self._modules[name].weight = layer.module.weight
         self.stored.pop(layer.name, None)
 
+    def hold(self, stored: Mapping[str, QuantizedTensor], gains: Mapping[str, torch.Tensor]) -> None:
+        """Compute with exactly these matrices and gains; layers that do so already are not touched."""
+        self._restore_gains()
+        for layer in self.original.layers:
+            tensor = stored.get(layer.name)
+            if tensor is self.stored.get(layer.name):
+                continue
+            if tensor is None:
+                self.restore(layer)
+            else:
+                self.put(layer, tensor)
+        self.put_gains(gains)
+
     def put_gains(self, gains: Mapping[str, torch.Tensor]) -> None:
         """Let norms, by name, compute with other gains."""
         for name, gain in gains.items():
@@ -58,12 +79,15 @@ class Candidate:
 
     def restore_all(self) -> None:
         """Give every layer and every norm its original weight back."""
-        for name, weight in self._gains.items():
-            self.model.get_submodule(name).weight = weight
-        self._gains.clear()
+        self._restore_gains()
         for layer in self.original.layers:
             if layer.name in self.stored:
                 self.restore(layer)
+
+    def _restore_gains(self) -> None:
+        for name, weight in self._gains.items():
+            self.model.get_submodule(name).weight = weight
+        self._gains.clear()
 
     def install(self, dtype: torch.dtype, ids: torch.Tensor | None = None) -> Any:
         """Replace the quantized layers by packed ones and cast what is left to `dtype`; returns the model.
@@ -79,9 +103,10 @@ class Candidate:
         """
         ids = delivery.default_window(self.original.embedding.shape[0]) if ids is None else ids
         expected = delivery.logits_in_float32(self.model, ids)
+        end_rest(self.model)
         for layer in self.original.layers:
             if layer.name in self.stored:
-                self._install(layer, self.stored[layer.name], dtype)
+                self._install(layer, self._spill.recall(self.stored[layer.name]), dtype)
         fold_untouched(self.model)
         for module in self.model.modules():  # not .to(dtype): packed buffers and rotary tables keep their own types
             for name, parameter in module.named_parameters(recurse=False):
@@ -91,24 +116,29 @@ class Candidate:
         self.model.config.dtype = dtype
         delivery.write_tied_flag(self.model, self.original.tied)
         delivery.check_delivered(expected, delivery.logits_in_float32(self.model, ids), dtype)
-        return self.model
+        return attach(self.model)
 
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
-        from bitween.layers.embedding import lookup_scale
+        from bitween.layers.embedding import lookup_scale, stored_scale
+        from bitween.layers.in_place import PackedInPlace
 
-        table = None
-        if layer.kind == "embedding":
-            module = self._modules[layer.name]
-            marks = {"padding_idx": module.padding_idx, "scale": lookup_scale(module)}
+        table, module = None, self._modules[layer.name]
+        lookup = isinstance(module, torch.nn.Embedding) and lookup_scale(module) is not None
+        if layer.kind == "own" or (layer.kind == "table" and not lookup):
+            in_place = PackedInPlace.of(module, tensor, dtype)
+            self.model.set_submodule(layer.name, in_place.train(module.training))
+            return
+        if layer.kind in ("embedding", "table"):
+            marks = {"padding_idx": module.padding_idx, "scale": stored_scale(module)}
             table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
         for name in (layer.name, *layer.shared):
             old = self._modules[name]
             bias = getattr(old, "bias", None)
             bias = None if bias is None else bias.detach().to(dtype)
             if blocks.kind_of(old) == "embedding" and table is not None:
-                packed = table
+                packed = table if name == layer.name else QuantizedEmbedding.tied_to(table)
             elif table is not None:
                 packed = QuantizedLinear.tied_to(table, bias)
             else:

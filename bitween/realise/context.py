@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from bitween._progress import Progress, no_progress
 from bitween.model import blocks
 from bitween.model.attachments import check_own_weights
 from bitween.model.experts import unfolded
+from bitween.model.spill import Spill
 from bitween.text import calibration, mix
 
 __all__ = ["Reference", "RunContext", "cut_text"]
@@ -28,14 +29,14 @@ class Reference:
     Attributes
     ----------
     windows : int64 (windows, length)
-    final : float32 (windows, length, width), what enters the head: logits are recomputed from it when needed,
+    final : float32 (length, width) of each window, what enters the head: logits are recomputed from it when needed,
         since they would take vocabulary / width times the memory
     log_likelihood : float32 (windows, length - 1), ln p of each next token
     domain, domains : int64 (windows,), places of the windows' kinds of text in these names
     """
 
     windows: torch.Tensor
-    final: torch.Tensor
+    final: Sequence[torch.Tensor]
     log_likelihood: torch.Tensor
     domain: torch.Tensor | None = None
     domains: tuple[str, ...] = ("text",)
@@ -96,7 +97,7 @@ class RunContext:
     layout : blocks.ModelLayout
     text : calibration.Splits, documents kept apart between calibration, selection and certification
     runner : blocks.BlockRunner over `model`
-    head_weight : float32 or bfloat16 (vocabulary, width), the original head
+    spill : where numbers wait while they are not in use; by default in memory
     """
 
     model: Any
@@ -107,6 +108,7 @@ class RunContext:
     seed: int = 0
     progress: Progress = no_progress
     references: dict[str, dict] = field(default_factory=dict)
+    spill: Spill = field(default_factory=lambda: Spill(least=None))
 
     @classmethod
     def build(
@@ -118,16 +120,20 @@ class RunContext:
         seed: int = 0,
         products: str = "auto",
         progress: Progress = no_progress,
+        spill: Spill | None = None,
         **options: Any,
     ) -> RunContext:
         """Inspect the model, and cut the text into windows as `cut_text` does with the remaining options."""
         check_own_weights(model)
         model = unfolded(model)
         layout = blocks.inspect(model)
-        blocks.check_finite(model)
+        if spill is None:  # numbers that are kept there come from a model that was checked
+            blocks.check_finite(model)
         text = text or cut_text(model, layout, tokenizer, seed=seed, **options)
         runner = blocks.BlockRunner(model, layout, products=products)
-        return cls(model, tokenizer, layout, text, runner, seed, progress)
+        spill = spill or Spill(least=None)
+        spill.rest_after(block.module for block in layout.blocks)
+        return cls(model, tokenizer, layout, text, runner, seed, progress, spill=spill)
 
     def reference(self, split: str, windows: slice = slice(None)) -> Reference:
         """The original model's view of "selection" or "certification" windows; each window is computed once."""
@@ -136,27 +142,26 @@ class RunContext:
         known = self.references.setdefault(split, {})
         missing = [i for i in wanted if i not in known]
         if missing:
-            final = self.final_states(self.runner, ids[missing])
-            for i, states in zip(missing, final, strict=True):
+            for i, states in zip(missing, self.final_states(self.runner, ids[missing]), strict=True):
                 known[i] = states, self._likelihood(ids[i], states)
         final, likelihood = zip(*(known[i] for i in wanted), strict=True)
         domain = getattr(self.text, split).domain[windows]
-        return Reference(ids[windows], torch.stack(final), torch.stack(likelihood), domain, self.text.domains)
+        return Reference(ids[windows], final, torch.stack(likelihood), domain, self.text.domains)
 
     def batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Windows in batches of about 2,048 tokens."""
         yield from windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
 
-    def final_states(self, runner: blocks.BlockRunner, windows: torch.Tensor) -> torch.Tensor:
-        """What enters the head, float32 (windows, length, width), for each window."""
-        parts = []
+    def final_states(self, runner: blocks.BlockRunner, windows: torch.Tensor) -> list[torch.Tensor]:
+        """What enters the head, float32 (length, width), for each window."""
+        found: list[torch.Tensor] = []
         with runner:
             for ids in self.batches(windows):
                 hidden, context = runner.embed(ids)
                 for i in range(len(runner.layout.blocks)):
                     hidden = runner.run_block(i, hidden, context)
-                parts.append(runner.final(hidden).float())
-        return torch.cat(parts)
+                found += map(self.spill.keep, runner.final(hidden).float())
+        return found
 
     def reference_logits(self, final: torch.Tensor) -> torch.Tensor:
         """The original model's logits for rows of final states, float32 (rows, vocabulary)."""
@@ -164,4 +169,6 @@ class RunContext:
             return self.runner.logits(final).float()
 
     def _likelihood(self, window: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-        return -torch.as_tensor(bitween.head_cross_entropy(self.reference_logits, final[:-1], window[1:]))
+        words = self.layout.head.shape[0]
+        losses = bitween.head_cross_entropy(self.reference_logits, final[:-1], window[1:], vocabulary=words)
+        return -torch.as_tensor(losses)

@@ -109,7 +109,7 @@ def _pace(damage: float) -> float:
 
 
 def _has_no_bias(layer: Layer) -> bool:
-    return layer.kind != "embedding" and getattr(layer.module, "bias", None) is None
+    return layer.kind not in ("embedding", "table", "own") and getattr(layer.module, "bias", None) is None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -123,13 +123,19 @@ def _times(factors: torch.Tensor) -> Callable:
 
 
 def _backward(runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logits_of: Callable) -> float:
-    """Gradients of the window's mean KL, added up; returns it. The head goes through in parts, then the blocks."""
+    """Gradients of the window's mean KL, added up; returns it.
+
+    The head goes through in parts, then block after block from the last, each run again from what entered it: one
+    block's graph exists at a time.
+    """
     hidden, context = runner.embed(ids[None])
+    states = [hidden]
     for i in range(len(runner.layout.blocks)):
-        hidden = runner.run_block(i, hidden, context, grad=True)
-    final = runner.final(hidden, grad=True)
+        states.append(runner.run_block(i, states[-1], context))
+    last = states.pop().detach().requires_grad_()
+    final = runner.final(last, grad=True)
     leaf, total = final.detach().requires_grad_(), 0.0
-    for part in position_blocks(len(ids)):
+    for part in position_blocks(len(ids), runner.layout.head.shape[0]):
         with torch.no_grad():
             expected = logits_of(target[part]).log_softmax(-1)
         with torch.enable_grad():
@@ -138,4 +144,9 @@ def _backward(runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logi
         loss.backward()
         total += loss.item()
     final.backward(leaf.grad)
+    gradient = last.grad
+    for i in reversed(range(len(states))):
+        entering = states.pop().detach().requires_grad_()
+        runner.run_block(i, entering, context, grad=True).backward(gradient)
+        gradient = entering.grad
     return total

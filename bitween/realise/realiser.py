@@ -17,6 +17,7 @@ from bitween.realise.candidate import Candidate
 from bitween.realise.context import RunContext
 from bitween.realise.passes import fits_one_pass
 from bitween.realise.sequential import SequentialQuantizer
+from bitween.realise.stacks import method_below_8_bits
 from bitween.rounding.methods import METHODS, Needs
 from bitween.scheme import Scheme
 
@@ -69,7 +70,7 @@ class Realiser:
     ):
         self.context, self.method, self.progress = context, method, progress
         self.importance = dict(importance or {})
-        self.candidate = Candidate(context.model, context.layout)
+        self.candidate = Candidate(context.model, context.layout, context.spill)
         self.windows = context.text.calibration.ids[:calibration_windows]
         self._one_pass = one_pass
         self.unreached: set[str] = set()  # experts that no calibration token was routed to, so rounded by their weights
@@ -114,18 +115,29 @@ class Realiser:
             self._quantize_all(plan, stage, steps)
         return dict(self.candidate.stored)
 
+    def _keep_packed(self, layers: Iterable[blocks.Layer]) -> None:
+        """Codes of finished layers go where the run's numbers are kept."""
+        stored = self.candidate.stored
+        for layer in layers:
+            if layer.name in stored:
+                stored[layer.name] = self.context.spill.keep_packed(stored[layer.name])
+
     def _quantize_all(self, plan: Mapping[str, Scheme | None], stage: str, steps: RecordedSteps) -> None:
         layout, runner = self.context.layout, self.runner
         methods = {name: self._method_of(scheme) for name, scheme in plan.items() if scheme is not None}
         windows = self._batches(Needs.BLOCK in {METHODS[name].needs for name in methods.values()})
         with runner:
-            exact = [runner.embed(part)[0] for part in windows]  # before the embedding is quantized
+            exact = [
+                self.context.spill.keep(runner.embed(part)[0]) for part in windows
+            ]  # before the embedding is quantized
         for layer in (layout.embedding, *layout.others):
             if plan.get(layer.name) is not None:
                 self._quantize(layer, plan[layer.name], None)
         with runner:
             batches = [runner.embed(part) for part in windows]
-            quantizer = SequentialQuantizer(runner, method=methods, put=self.candidate.put, exact=exact)
+            quantizer = SequentialQuantizer(
+                runner, method=methods, put=self.candidate.put, exact=exact, keep=self.context.spill.keep
+            )
             for i, block in enumerate(layout.blocks):
                 part = steps.part(f"block {i}")
                 if part is None:
@@ -135,11 +147,14 @@ class Realiser:
                     steps.put_part(f"block {i}", self._stored_of(block.layers))
                 else:
                     quantizer.take_block(i, plan, batches, part)
+                self._keep_packed(block.layers)
+                self.context.spill.let_go()
                 return_freed_memory()
                 self.progress(stage, i + 1, len(layout.blocks) + 1, block.name)
             self._quantize_head(plan, [hidden for hidden, _ in batches], quantizer.exact)
         in_blocks = {layer.name for block in layout.blocks for layer in block.layers}
         steps.put_part("rest", self._stored_of(x for x in layout.layers if x.name not in in_blocks))
+        self._keep_packed((layout.embedding, *layout.others, layout.head))
         self.progress(stage, len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
 
     def _stored_of(self, layers: Iterable[blocks.Layer]) -> dict[str, QuantizedTensor]:
@@ -174,12 +189,7 @@ class Realiser:
         self._quantize(layout.head, scheme, total)
 
     def _method_of(self, scheme: Scheme) -> str:
-        """Refinement and training, the slow parts, are left to the widths below 5 bits, which do most of the damage."""
-        if scheme.coding == "trellis":
-            return "trellis"
-        if scheme.bits >= 8:
-            return "rtn"
-        return "gptq" if scheme.bits >= 5 and self.method in ("gptq+refine", "signround") else self.method
+        return method_below_8_bits(scheme, self.method)
 
     def _columns(self, layer: blocks.Layer, method: str) -> Any:
         """The importance of a layer's weights; a trellis takes that of columns."""

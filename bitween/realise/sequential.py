@@ -16,19 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from bitween.functional import quantize
 from bitween.model.blocks import BlockRunner, Context, Layer
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise.block_training import train_block
-from bitween.rounding.gptq import SHARE, SWEEPS, gptq
+from bitween.realise.stacks import round_stack
+from bitween.rounding.gptq import SHARE, SWEEPS
 from bitween.rounding.hessian import Hessian
 from bitween.rounding.methods import METHODS, Needs
 from bitween.rounding.signround import STEPS
-from bitween.rounding.trellis import trellis
 from bitween.scheme import Scheme
 
 __all__ = ["LayerResult", "SequentialQuantizer", "put_numbers"]
@@ -89,6 +87,7 @@ class SequentialQuantizer:
     exact : hidden states of the untouched model that enter the first block, by batch; default the batches' own
     sweeps, damping, share : of `bitween.gptq`; share 0 aims at the original weights' outputs on the inputs as they are
     steps : of `signround.train_block`
+    keep : given tensors that wait until a block is done; returns the ones to hold, of the same numbers
     progress : called after every step
     """
 
@@ -104,6 +103,7 @@ class SequentialQuantizer:
         damping: float = 0.01,
         share: float = SHARE,
         steps: int = STEPS,
+        keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         progress: Progress | None = None,
     ) -> None:
         names = [method] if isinstance(method, str) else method.values()
@@ -111,7 +111,7 @@ class SequentialQuantizer:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {unknown[0]!r}")
         self.runner, self.method, self.put = runner, method, put
         self.token_weights, self.sweeps, self.damping, self.steps = token_weights, sweeps, damping, steps
-        self.share = share
+        self.share, self.keep = share, keep
         self._start = exact
         self._exact: list[torch.Tensor] | None = None  # hidden states of the untouched model
         self.progress = progress or (lambda *_: None)
@@ -242,7 +242,7 @@ class SequentialQuantizer:
     def _forward(self, i: int, batches: list) -> None:
         started = time.monotonic()
         for k, (hidden, context) in enumerate(batches):
-            batches[k] = self.runner.run_block(i, hidden, context), context
+            batches[k] = self.keep(self.runner.run_block(i, hidden, context)), context
         self.progress("forward", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
 
     def _train(self, i: int, results: list[LayerResult], inputs: list, batches: list) -> list[LayerResult]:
@@ -303,9 +303,11 @@ class SequentialQuantizer:
         inputs = None
         for k, (hidden, (_, context)) in enumerate(zip(self._entering(i, batches), batches, strict=True)):
             if capture:
-                self._exact[k], inputs = self.runner.capture_inputs(i, hidden, context)
+                moved, inputs = self.runner.capture_inputs(i, hidden, context)
+                inputs = {names: self.keep(x) for names, x in inputs.items()}
             else:
-                self._exact[k] = self.runner.run_block(i, hidden, context)
+                moved = self.runner.run_block(i, hidden, context)
+            self._exact[k] = self.keep(moved)
         return inputs
 
     def _method_of(self, layer: Layer) -> str:
@@ -356,28 +358,9 @@ class SequentialQuantizer:
         return results
 
     def _round(self, stack: list[Layer], scheme: Scheme, method: str, hessian: Hessian | None) -> list[tuple]:
-        """(QuantizedTensor, method used, error or None, target of training or None) of each layer."""
-        if method == "rtn":
-            return [(quantize(layer.weight, scheme), method, None, None) for layer in stack]
-        if hessian is None or not hessian.tokens:
-            without = method if method == "trellis" else "clip"
-            return [(quantize(layer.weight, scheme, method=without), without, None, None) for layer in stack]
-        if method == "clip":
-            importance = np.ascontiguousarray(np.diagonal(hessian.matrix()))
-            clipped = (quantize(x.weight, scheme, method=method, importance=importance) for x in stack)
-            return [(tensor, method, None, None) for tensor in clipped]
-        if method == "trellis":
-            coded = (trellis(x.weight, scheme, hessian, damping=self.damping, share=self.share) for x in stack)
-            return [(found.quantized, method, float(found.row_errors.sum()), None) for found in coded]
-        weight = stack[0].weight if len(stack) == 1 else torch.cat([layer.weight for layer in stack])
-        sweeps = 0 if method == "gptq" else self.sweeps
-        found = gptq(weight, scheme, hessian, sweeps=sweeps, damping=self.damping, share=self.share)
-        done, first = [], 0
-        for layer in stack:
-            rows = slice(first, first := first + layer.shape[0])
-            target = torch.as_tensor(found.target[rows]) if method == "signround" else None
-            done.append((_take_rows(found.quantized, rows), method, float(found.row_errors[rows].sum()), target))
-        return done
+        """As `round_stack`, with this quantizer's settings."""
+        settings = {"sweeps": self.sweeps, "damping": self.damping, "share": self.share}
+        return round_stack(stack, scheme, method, hessian, **settings)
 
 
 def _stages(groups: Iterable[tuple[str, ...]], layers: Mapping[str, Layer]) -> list[tuple[str, ...]]:
@@ -409,10 +392,3 @@ def _originals(results: list[LayerResult]) -> Iterator[None]:
     finally:
         for result, weight in put:
             result.layer.module.weight = weight
-
-
-def _take_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
-    """Rows of a stored matrix, on memory of their own."""
-    zeros = None if tensor.zeros is None else tensor.zeros[rows].copy()
-    shape = (rows.stop - rows.start, tensor.shape[1])
-    return QuantizedTensor(tensor.codes[rows].copy(), tensor.scales[rows].copy(), zeros, tensor.scheme, shape)

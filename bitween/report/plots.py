@@ -19,13 +19,17 @@ __all__ = ["PICTURES", "bits_per_layer", "frontier", "importance", "memory"]
 
 INK, SOFT, GRID = "#26324a", "#66708a", "#dfe4ee"
 BLUE, TEAL, AMBER, RED = "#3c5fd0", "#1a9c8c", "#e0912f", "#cf4a57"
-# Light to dark with rising width, so that a dark cell reads as "kept precise".
+# Light to dark with rising width, so that a dark cell reads as "kept precise". Half bits are those of a trellis.
 _WIDTHS = {
     1: "#f7e8c8",
+    1.5: "#f5e0b3",
     1.58: "#f3dca6",
     2: "#f5cf86",
+    2.5: "#cfd49f",
     3: "#a9d8b8",
+    3.5: "#86cab4",
     4: "#62bcb0",
+    4.5: "#4fa8af",
     5: "#3b93ad",
     6: "#3568a5",
     8: "#33438c",
@@ -86,9 +90,8 @@ def bits_per_layer(report: dict[str, Any]) -> Figure:
                 continue
             bits = _bits(scheme)
             values[i, j] = widths.index("kept" if bits is None else bits)
-            if row not in outside and bits is not None and Scheme.parse(scheme).group_size != -1:
+            if row not in outside and (size := _cell_text(scheme)):
                 dark = bits >= 5
-                size = str(Scheme.parse(scheme).group_size)
                 axes.text(
                     j, i, size, ha="center", va="center", fontsize=6.2, color="white" if dark else INK, alpha=0.85
                 )
@@ -109,8 +112,17 @@ def bits_per_layer(report: dict[str, Any]) -> Figure:
         for w in present
     ]
     figure.legend(handles=patches, ncols=len(patches), loc="outside lower center", frameon=False, fontsize=9)
-    _titled(axes, "Bits of each layer (numbers: group size)", "block")
+    coded = any("trellis" in scheme for scheme in report["plan"].values())
+    _titled(axes, "Bits of each layer (numbers: group size" + ("; T: trellis)" if coded else ")"), "block")
     return figure
+
+
+def _cell_text(scheme: str) -> str:
+    """Group size, T for a trellis, nothing for whole rows and layers kept."""
+    if scheme == "kept":
+        return ""
+    found = Scheme.parse(scheme)
+    return "T" if found.coding == "trellis" else "" if found.group_size == -1 else str(found.group_size)
 
 
 def _width_name(width: float | str) -> str:

@@ -73,6 +73,7 @@ class QuantizationReport:
     seconds : {stage: seconds}
     machine : what it ran on
     unreached_experts : experts that no calibration token was routed to; they were rounded by their weights alone
+    full_precision : what no plan could change and holds a thousandth of the bytes or more: name, bytes, why
     """
 
     targets: dict[str, Any]
@@ -90,6 +91,7 @@ class QuantizationReport:
     seconds: dict[str, float]
     machine: dict[str, Any] = field(default_factory=machine)
     unreached_experts: list[str] = field(default_factory=list)
+    full_precision: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def average_bits(self) -> float:
@@ -106,17 +108,16 @@ class QuantizationReport:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        t, q, m = self.targets, self.quality, self.memory
+        t, m = self.targets, self.memory
         lines = [
             "bitween gradual quantization",
-            f"  asked     memory −{t['memory_reduction']:.0%}, perplexity at most +{t['perplexity_increase']:.1%}",
+            f"  asked     memory −{t['memory_reduction']:.0%}, {self._asked()}",
+            *([f"  way       {t['way']}"] if "way" in t else []),
             f"  memory    {m.original_total / 2**20:,.1f} → {m.total / 2**20:,.1f} MiB (−{m.reduction:.1%}), "
             f"{self.average_bits:.2f} bits per weight over all layers, plain numbers in {m.dtype or 'their own dtype'}",
             f"  proof     {self.proof}",
             *self._domain_lines(),
-            f"  selection KL {q['damage']:.4f} nats/token, perplexity {q['reference_perplexity']:.2f} → "
-            f"{q['perplexity']:.2f} ({q['perplexity_increase']:+.2%}), same first choice {q['agreement']:.1%} "
-            f"({q['tokens']:,} tokens that steered the search)",
+            f"  selection {self._selection()}",
             f"  schemes   {self._schemes()}",
             *self._stage_lines(),
         ]
@@ -125,16 +126,42 @@ class QuantizationReport:
         if self.conflict:
             lines.append(f"  conflict  {self.conflict['text']}")
         if self.unreached_experts:
-            lines.append(f"  experts   {len(self.unreached_experts)} were reached by no calibration text")
+            kind = "layers " if "budget" in t else "experts"
+            lines.append(f"  {kind}   {len(self.unreached_experts)} were reached by no calibration text")
+        for entry in self.full_precision:
+            share = entry["bytes"] / m.original_total if m.original_total else 0.0
+            lines.append(f"  kept      {entry['name']} ({share:.1%} of the bytes): {entry['why']}")
         if m.peak:
             lines.append(f"  peak      {m.peak / 2**20:,.0f} MiB of memory for this process")
         spent = ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())
         lines.append(f"  seconds   {spent}")
         return "\n".join(lines)
 
+    def _asked(self) -> str:
+        budget = self.targets.get("budget")
+        return budget["text"] if budget else f"perplexity at most +{self.targets['perplexity_increase']:.1%}"
+
+    def _selection(self) -> str:
+        q = self.quality
+        if "text" in q:
+            return f"{q['text']}, {q['tokens']:,} rows of output that steered the search"
+        return (
+            f"KL {q['damage']:.4f} nats/token, perplexity {q['reference_perplexity']:.2f} → "
+            f"{q['perplexity']:.2f} ({q['perplexity_increase']:+.2%}), same first choice {q['agreement']:.1%} "
+            f"({q['tokens']:,} tokens that steered the search)"
+        )
+
     @property
     def perplexity_increase(self) -> float:
-        """Relative, as the proof's held-out text has it; where none was asked for, as the selection text has it."""
+        """Relative, as the proof's held-out text has it; where none was asked for, as the selection text has it.
+
+        NaN of a budget that is not of perplexity.
+        """
+        budget = self.targets.get("budget")
+        if budget and budget["kind"] != "perplexity":
+            return math.nan
+        if self.certificate is None and budget:
+            return self.quality["value"] / self.quality["reference"] - 1
         if self.certificate is None:
             return self.quality["perplexity_increase"]
         increase = self.certificate["increase"]  # None: not finite, as JSON has no infinity
@@ -167,6 +194,11 @@ class QuantizationReport:
     def _stage_lines(self) -> list[str]:
         lines = []
         for stage in self.stages:
+            if "text" in stage:  # of a model that runs as a whole
+                told = f"{stage['name']:24s} {stage['nbytes'] / 2**20:7.1f} MiB   damage {stage['damage']:.4g} "
+                told += f"(predicted {stage['predicted']:.4g})   {stage['text']}   "
+                lines.append(f"  stage     {told}{decision(stage)}")
+                continue
             lines.append(
                 f"  stage     {stage['name']:24s} {stage['nbytes'] / 2**20:7.1f} MiB   KL {stage['damage']:.4f} "
                 f"(predicted {stage['predicted']:.4f})   perplexity {stage['quality']['perplexity_increase']:+.2%}   "

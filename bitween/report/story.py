@@ -7,12 +7,17 @@ from typing import Any
 __all__ = [
     "analysis",
     "attempt",
+    "attempt_whole",
     "begin",
+    "begin_whole",
     "delivered",
     "distilled",
+    "examples",
     "proof",
     "proving",
+    "proving_whole",
     "result",
+    "result_whole",
     "text",
     "transformed",
 ]
@@ -103,3 +108,38 @@ def delivered(memory: Any, conflict: str | None) -> str:
     """The end."""
     told = "The delivered model computes what was measured. " + (f"But {conflict}. " if conflict else "")
     return f"{told}{_mib(memory.original_total)} → {_mib(memory.total)} (−{memory.reduction:.1%})."
+
+
+def begin_whole(layout: Any, sizes: Any, budget: Any, reason: str) -> str:
+    """What there is and what is asked, of a module without blocks that could be run one at a time."""
+    dtype = str(sizes.dtype).removeprefix("torch.")
+    return (
+        f"{len(layout.layers)} matrices, {_mib(sizes.original)} in {dtype}. Every pass goes through the whole model, "
+        f"which is slower than block by block, since {reason}. Wanted: at most {_mib(sizes.limit)} "
+        f"(−{sizes.reduction:.0%}) with {budget}."
+    )
+
+
+def examples(splits: Any) -> str:
+    """What each part of the examples is for."""
+    return (
+        f"Examples: {len(splits.calibration)} to learn from, {len(splits.selection)} to steer by, and "
+        f"{len(splits.certification)} that only the proof will see."
+    )
+
+
+def attempt_whole(name: str, nbytes: int, damage: float, budget: Any) -> str:
+    """A plan before it is made real."""
+    asked = "Would one scheme for all do as well? " if name.startswith("uniform") else "Trying "
+    return f"{asked}{name}: {_mib(nbytes)} of layers, predicted damage {damage:.4g} {budget.unit}."
+
+
+def result_whole(measurement: Any, budget: Any) -> str:
+    """What was measured, and what follows."""
+    follows = "it holds" if measurement.spent <= budget.limit else f"not {budget}, so it is taken back"
+    return f"Measured: {measurement.damage:.4g} {budget.unit}, {budget.said(measurement.spent)}: {follows}."
+
+
+def proving_whole(nbytes: int, count: int) -> str:
+    """What the proof is about to do."""
+    return f"The proof of the plan of {_mib(nbytes)}, on up to {count} examples that nothing has seen so far."

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from bitween.layers import QuantizedEmbedding, packed_layers
+from bitween.layers.conv import QuantizedConv
+from bitween.layers.in_place import PackedInPlace
 from bitween.model.experts import experts_of
 from bitween.scheme import COMMON_BITS, Scheme
 from bitween.store.checkpoint import CheckpointError, TensorFiles
@@ -45,6 +47,10 @@ def reasons(model: nn.Module) -> dict[str, str]:
             found[name] = "one of a stack of experts, whose names there differ with the architecture"
         elif isinstance(module, QuantizedEmbedding):
             found[name] = "an embedding; it holds linear layers"
+        elif isinstance(module, PackedInPlace):
+            found[name] = "a module with arithmetic of its own; it holds linear layers"
+        elif isinstance(module, QuantizedConv):
+            found[name] = "a convolution; it holds linear layers"
         elif "codes" not in module._buffers:
             continue  # a head that shares an embedding's codes, which is refused by itself
         elif getattr(model.config, "model_type", "") in _TRANSPOSED:

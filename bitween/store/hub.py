@@ -19,9 +19,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitween import __version__
+from bitween import __version__, decode
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
+from bitween.layers.packed import Packed
 from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors, names
@@ -121,7 +122,7 @@ class BitweenQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.plan:
             check_stored(model.get_submodule(name), name)
-        return model
+        return decode.attach(model)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         """None: bitween's own format keeps the names of the modules, which no family's mapping may touch."""
@@ -157,7 +158,7 @@ def plan_of(model: nn.Module) -> dict[str, Scheme]:
     return {
         name: module.scheme
         for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and "codes" in module._buffers
+        if isinstance(module, Packed) and "codes" in module._buffers
     }
 
 
@@ -238,8 +239,11 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
             for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
                 if source == f"{name}.weight":
                     tied = target.removesuffix(".weight")
-                    bias = getattr(model.get_submodule(tied), "bias", None)
-                    model.set_submodule(tied, QuantizedLinear.tied_to(new, bias))
+                    use = model.get_submodule(tied)
+                    if isinstance(use, nn.Embedding):  # the table of a decoder beside the encoder's
+                        model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
+                    else:
+                        model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
     _untie(model)
 
 
@@ -257,7 +261,7 @@ def _check_all(model: nn.Module) -> None:
         check_stored(model.get_submodule(name), name)
 
 
-def check_stored(module: QuantizedLinear | QuantizedEmbedding, name: str) -> None:
+def check_stored(module: Packed, name: str) -> None:
     """CheckpointError unless scales are finite and above 0, and codes and zeros are those of the scheme."""
     scales = module.scales
     if scales.is_meta:
@@ -288,7 +292,7 @@ def _untie(model: nn.Module) -> None:
 
 def _is_packed(model: nn.Module, parameter: str) -> bool:
     try:
-        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), (QuantizedLinear, QuantizedEmbedding))
+        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), Packed)
     except AttributeError:
         return False
 

@@ -129,11 +129,17 @@ def _config(directory: Path, settings: dict[str, Any], n_tensors: int) -> Any:
 
 
 def _skeleton(config: Any) -> nn.Module:
-    """The model without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+    """The model without memory for its weights: of the class that the config names, where transformers has it."""
+    import transformers
 
+    names = getattr(config, "architectures", None) or ()
+    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None:
+            if not isinstance(config, kind.config_class):
+                raise ValueError(f"architectures: {names[0]} is no model of a {type(config).__name__}")
+            return kind._from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _plan(

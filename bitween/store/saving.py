@@ -93,7 +93,8 @@ def save_model(
 
 
 def _card(model: Any, format: str, certificate: str) -> str:
-    load = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(DIRECTORY)"
+    kind = "AutoModelForCausalLM" if type(model).__name__.endswith("ForCausalLM") else type(model).__name__
+    load = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained(DIRECTORY)"
     if format == "native":
         first = "**Run `import bitween` before loading this model**: without it transformers fills layers at random."
         load = f"import bitween\n{load}"

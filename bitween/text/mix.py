@@ -17,7 +17,7 @@ from bitween.text import calibration, shipped, sources
 from bitween.text.calibration import Splits, TokenWindows
 from bitween.text.repeats import Repeats
 
-__all__ = ["FEWEST_WINDOWS", "Mix", "checked", "prepare"]
+__all__ = ["FEWEST_WINDOWS", "Mix", "checked", "is_domains", "prepare"]
 
 FEWEST_WINDOWS = 8  # of a domain that can be bounded: the spread of fewer can't be told
 _OF_DATA = ("input_ids", "messages", "conversations", "text", "train")  # keys of data, not names of domains
@@ -54,7 +54,7 @@ def checked(data: Any = None, domains: Any = None, tokenizer: Any = None) -> Mix
     """
     if data is None:
         known = dict.fromkeys(shipped.DOMAINS)
-    elif _is_domains(data):
+    elif is_domains(data, named=domains is not None):
         known = dict(data)
     else:
         if domains is not None:
@@ -76,14 +76,28 @@ def checked(data: Any = None, domains: Any = None, tokenizer: Any = None) -> Mix
     return Mix(found, {name: budget for name, budget in budgets.items() if budget is not None})
 
 
-def _is_domains(data: Any) -> bool:
+def is_domains(data: Any, named: bool = False) -> bool:
+    """Whether `data` is {name: text}, rather than one text, a data set, or inputs of a model by name.
+
+    Parameters
+    ----------
+    named : the names are known to be those of domains; else a dict that holds tensors or numbers is one of inputs
+    """
     return (
         isinstance(data, Mapping)
         and bool(data)
         and all(isinstance(name, str) for name in data)
         and not any(name in data for name in _OF_DATA)
         and not hasattr(data, "column_names")
+        and (named or not any(map(_numbers, data.values())))
     )
+
+
+def _numbers(value: Any) -> bool:
+    """Whether a value is an input of a model: a number, a tensor, or a list of numbers."""
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, int | float) or hasattr(value, "shape")
 
 
 def _budgets(domains: Any, known: Mapping[str, Any]) -> dict[str, float | None]:

@@ -1,6 +1,6 @@
 """Carry out a transform plan on a model, all of it or nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from bitween.transforms.plan import TransformPlan
 from bitween.transforms.scaling import ErrorFunction, ScaleChoice, choose_scales, group_range_error
 from bitween.transforms.structure import Pair, spread
 
-_CHUNK = 1 << 22  # elements of a weight that are held in float64 at once, where its rows allow it
+_CHUNK = 1 << 20  # elements of a weight that are held in float64 at once, where its rows allow it
 _CHECK_TOKENS = 64
 _ALLOWED_CHANGE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}  # relative to the largest logit
 
@@ -65,9 +65,14 @@ class _Edit:
     def weight(self) -> torch.Tensor:
         """The edited weight (outputs, inputs), rounded once to the layer's dtype."""
         old = self.layer.weight
-        if self.rows:
-            return self._rows_done(self._columns_done(old.double())).to(old.dtype)
         new = torch.empty_like(old, memory_format=torch.contiguous_format)
+        if self.rows and self.columns:
+            return self._rows_done(self._columns_done(old.double())).to(old.dtype)
+        if self.rows:  # every column is turned by itself
+            step = max(1, _CHUNK // old.shape[0])
+            for start in range(0, old.shape[1], step):
+                new[:, start : start + step] = self._rows_done(old[:, start : start + step].double())
+            return new
         step = max(1, _CHUNK // old.shape[1])
         for start in range(0, old.shape[0], step):
             new[start : start + step] = self._columns_done(old[start : start + step].double())
@@ -111,6 +116,7 @@ def apply(
     seed: int = 0,
     error: ErrorFunction = group_range_error,
     energy: Mapping[str, torch.Tensor] | None = None,
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> TransformReport:
     """Transform `model` in place so that it computes the same function with weights easier to quantize.
 
@@ -130,6 +136,8 @@ def apply(
         (weight, importance) -> number that the choice of channel scales minimises.
     energy : {layer name: Tensor (inputs,)}, optional
         Mean square of the inputs of layers, from calibration text; used to choose channel scales.
+    keep : function
+        Given every new weight; returns the tensor that the model is to hold, of the same numbers.
 
     Raises
     ------
@@ -148,7 +156,7 @@ def apply(
     untied = "rotate" in plan.steps and layout.tied
     ids = _check_ids(layout, seed)
     before = _logits(model, ids)
-    originals = _put_in_place(model, layout, plan, edits, untied)
+    originals = _put_in_place(model, layout, plan, edits, untied, keep)
     try:
         change = _relative_change(before, _logits(model, ids))
         allowed = _ALLOWED_CHANGE[layout.embedding.module.weight.dtype]
@@ -268,20 +276,22 @@ class _Originals:
 
 
 def _put_in_place(
-    model: nn.Module, layout: ModelLayout, plan: TransformPlan, edits: _Edits, untied: bool
+    model: nn.Module, layout: ModelLayout, plan: TransformPlan, edits: _Edits, untied: bool, keep: Callable
 ) -> _Originals:
     """Compute every new tensor, then exchange them; what was there before is returned."""
-    new = [(edit.layer, edit.weight(), edit.bias() if edit.rows else None) for edit in edits.by_name.values()]
-    for layer, weight, _ in new:
+    new = []
+    for edit in edits.by_name.values():
+        layer, weight = edit.layer, edit.weight()
         low, high = torch.aminmax(weight)
         if not torch.isfinite(low + high):
             raise ValueError(f"{layer.name}: expected finite weights after the transforms; got values beyond the dtype")
+        stored = weight.T.contiguous() if layer.kind == "conv1d" else weight
+        new.append((layer, keep(stored), edit.bias() if edit.rows else None))
     originals = _Originals(model)
     try:
         if untied:
             originals.untie(layout)
-        for layer, weight, bias in new:
-            stored = weight.T.contiguous() if layer.kind == "conv1d" else weight
+        for layer, stored, bias in new:
             originals.replace(layer.module.weight, stored)
             if bias is not None:
                 originals.replace(layer.module.bias, bias)

@@ -263,6 +263,94 @@ bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, con
 /* Bytes of 16 rows at twice a mean rate; 0 when it is none. */
 ptrdiff_t bw_trellis_row_bytes(ptrdiff_t cols, int32_t half_bits);
 
+/* ---- decoder.c ---- */
+/* A step of a decoder: a few new tokens through all its blocks, beside a cache of the keys and values before them.
+ *
+ *   h += scale * after_attention(o(attention(q, k, v of before_attention(h))))
+ *   h += scale * after_mlp(down(activation(gate(x)) * up(x))), x = before_mlp(h);  at the end final(h)
+ *
+ * Numbers between two parts are rounded to `dtype`, the model's own; sums are fp32. */
+enum { BW_MOST_STEP = 16, BW_MOST_ROPES = 4 };
+typedef enum { BW_PACKED = 0, BW_TRELLIS = 1, BW_PLAIN = 2 } bw_linear_kind;
+
+/* A linear layer. Of packed, trellis and plain the one that `kind` names counts. */
+typedef struct {
+    bw_linear_kind kind;
+    bw_quantized packed;
+    bw_trellis trellis;
+    bw_matrix plain; /* (rows, cols), columns next to each other */
+    bw_matrix bias;  /* (1, rows), or data NULL */
+    bw_mode mode;
+    ptrdiff_t rows, cols;
+} bw_linear;
+
+/* Rows first .. first+rows-1 of a layer; linear NULL: nothing. */
+typedef struct {
+    const bw_linear *linear;
+    ptrdiff_t first, rows;
+} bw_part;
+
+/* How a norm by the root mean square takes its gain w: not at all; w times the rounded row; w times the row; (1 + w)
+ * times the row. */
+typedef enum { BW_GAIN_NONE = 0, BW_GAIN_ROUNDED = 1, BW_GAIN_DIRECT = 2, BW_GAIN_PLUS_ONE = 3 } bw_gain;
+
+typedef struct {
+    int present;
+    bw_gain kind;
+    float eps;
+    bw_matrix gain; /* (1, n); not read with BW_GAIN_NONE */
+} bw_norm;
+
+typedef enum { BW_SILU = 0, BW_GELU = 1, BW_GELU_TANH = 2, BW_RELU = 3, BW_RELU_SQUARED = 4 } bw_activation;
+
+typedef struct {
+    bw_part q, k, v, o, gate, up, down; /* gate may be nothing; then the activation is up's */
+    bw_norm before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
+    ptrdiff_t window; /* tokens that one sees, itself included; 0: all */
+    int rope;         /* which table; -1: none */
+    int room;         /* where keys and values lie, and at which place there */
+    ptrdiff_t place;
+} bw_decoder_block;
+
+typedef struct {
+    const bw_decoder_block *blocks;
+    ptrdiff_t n_blocks, hidden, inner;                    /* inner: rows of gate and up */
+    ptrdiff_t heads, kv_heads, dim;                       /* dim: of a head */
+    int norm_by_head;                                     /* 1: q_norm and k_norm see a head, 0: all heads */
+    float attention_scale, attention_cap, residual_scale; /* cap 0: none */
+    bw_activation activation;
+    bw_dtype dtype;
+    bw_norm final;
+} bw_decoder;
+
+/* Keys and values of some blocks: (places, 2, batch, kv_heads, capacity, dim) of the decoder's dtype, of which rows
+ * start .. end-1 of the capacity hold the last tokens of `seen`. */
+typedef struct {
+    char *data;
+    ptrdiff_t places, capacity, start, end, seen;
+} bw_room;
+
+/* Cosines and sines of (tokens, n), n even and at most dim; `steps` 1: each product of a rotation is rounded. */
+typedef struct {
+    const float *cosine, *sine;
+    ptrdiff_t n;
+    int steps;
+} bw_rope;
+
+typedef struct {
+    ptrdiff_t batch, n_new; /* batch * n_new tokens, at most BW_MOST_STEP, sequence by sequence */
+    const void *x;          /* (tokens, hidden) of the decoder's dtype, contiguous */
+    void *out;              /* the same; what the final norm gives */
+    const bw_rope *ropes;
+    int n_ropes;
+    const bw_room *rooms; /* with room for n_new tokens after `end`, which are written there */
+    int n_rooms;
+    const int64_t *padding; /* (batch) tokens at the start that nobody sees, or NULL */
+} bw_step;
+
+/* BW_ERR_SHAPE, BW_ERR_ARGUMENT, BW_ERR_INDEX (rooms, ropes, places) before anything is written; BW_ERR_SCALE. */
+bw_status bw_decode(const bw_decoder *decoder, const bw_step *step);
+
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */
 bw_status bw_pack(const uint8_t *codes, ptrdiff_t rows, ptrdiff_t cols, int32_t levels, uint8_t *packed);

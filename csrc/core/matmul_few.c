@@ -5,14 +5,13 @@
 
 #include "alloc.h"
 #include "cpu.h"
+#include "few.h"
 #include "matmul.h"
 #include "parallel.h"
 #include "scheme.h"
 
 enum {
-    UNIT = 64,              /* columns, see kernels/product.h */
     CHUNKS = 4,             /* for each thread: large, since what is fetched ahead at the end is lost */
-    BYTES_AHEAD = 4096,     /* of codes: what the memory delivers in its latency, and some more */
     STACK_BYTES = 48 * 1024 /* most calls of a model of a few billion weights need no allocation */
 };
 
@@ -50,7 +49,7 @@ static void multiply_chunk(void *context, ptrdiff_t chunk, int worker) {
 
 static void prepare_tokens(const few_job *job, char *tokens, float *x) {
     const bw_product *p = job->product;
-    ptrdiff_t cols = p->x->cols, padded = job->few.n_units * UNIT;
+    ptrdiff_t cols = p->x->cols, padded = job->few.n_units * BW_UNIT;
     for (ptrdiff_t t = 0; t < p->x->rows; t++) {
         char *token = tokens + t * job->few.token_bytes;
         float *values = job->few.digits ? x : (float *)token;
@@ -60,46 +59,9 @@ static void prepare_tokens(const few_job *job, char *tokens, float *x) {
     }
 }
 
-/* How many of the first rows have `reach` bytes from their start on in an array of `rows` times `row_bytes`. */
-static ptrdiff_t rows_with(ptrdiff_t reach, ptrdiff_t row_bytes, ptrdiff_t rows) {
-    return rows * row_bytes < reach ? 0 : rows - (reach - 1) / row_bytes;
-}
-
 static void describe(few_job *job) {
     const bw_product *p = job->product;
-    bw_few *few = &job->few;
-    int ternary = p->weight->scheme.levels == 3, one_group = p->layout.n_groups == 1;
-    ptrdiff_t cols = p->x->cols;
-    few->weight = p->weight;
-    few->layout = &p->layout;
-    few->digits = (int)p->mode;
-    few->bits = bw_level_bits(p->weight->scheme.levels);
-    few->zero = bw_symmetric_zero(p->weight->scheme.levels);
-    few->group_shift = one_group ? 62 : __builtin_ctzll((unsigned long long)p->layout.group);
-    few->cell_shift = few->group_shift < 6 ? few->group_shift : 6;
-    few->n_units = (cols - 1) / UNIT + 1;
-    few->n_cells = ((cols - 1) >> few->cell_shift) + 1;
-    /* Scales are read 16 at a time, zeros 64 bytes, codes by the unit: 64 bytes of a dense one; 16 bytes of each of the
-     * five ternary ones that start within 64 bytes. */
-    ptrdiff_t codes = ternary ? (few->n_units - 1) / 5 * 64 + 16 : (few->n_units - 1) * 8 * few->bits;
-    few->reach = bw_aligned(codes + 64);
-    few->scale_reach = bw_aligned((p->layout.n_groups + 16) * 2);
-    few->zero_reach = bw_aligned(p->layout.row_zero_bytes + 64);
-    few->direct_rows = bw_least(rows_with(few->reach, p->layout.row_bytes, p->weight->rows),
-                                rows_with(few->scale_reach, p->layout.n_groups * 2, p->weight->rows));
-    if (!p->weight->scheme.symmetric)
-        few->direct_rows =
-            bw_least(few->direct_rows, rows_with(few->zero_reach, p->layout.row_zero_bytes, p->weight->rows));
-    few->rows_ahead = (BYTES_AHEAD / (BW_ROWS_AT_ONCE * p->layout.row_bytes) + 1) * BW_ROWS_AT_ONCE;
-    few->token_bytes = few->n_units * UNIT * 4;
-    if (few->digits) few->token_bytes = bw_aligned(few->n_units * UNIT * 2 + bw_padded_cells(few->n_cells) * 8);
-    for (int i = 0; i < 16; i++) {
-        few->lanes[i] = (int32_t)((i / 4 * 16) >> few->cell_shift);
-        few->units[i] = (int32_t)((ptrdiff_t)i * UNIT >> few->group_shift);
-    }
-    /* Scales of the rows times those of the tokens, and copies of the rows. */
-    job->scratch_bytes = BW_ROWS_AT_ONCE * BW_TOKENS_AT_ONCE * (bw_padded_cells(few->n_cells) + 16) * 4 +
-                         BW_ROWS_AT_ONCE * (few->reach + few->scale_reach + few->zero_reach);
+    job->scratch_bytes = bw_describe_few(p->weight, &p->layout, p->mode, &job->few);
     ptrdiff_t rows = p->weight->rows / (CHUNKS * bw_n_workers(p->weight->rows)) / BW_FEW_ROWS * BW_FEW_ROWS;
     job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
 }
@@ -125,7 +87,7 @@ bw_status bw_multiply_few(const bw_product *products, int n) {
         if (all.scratch_bytes < job->scratch_bytes) all.scratch_bytes = job->scratch_bytes;
     }
     int n_workers = bw_n_workers(n_chunks);
-    ptrdiff_t row = bw_aligned(all.jobs->few.n_units * UNIT * 4);
+    ptrdiff_t row = bw_aligned(all.jobs->few.n_units * BW_UNIT * 4);
     ptrdiff_t bytes = tokens + row + n_workers * all.scratch_bytes;
     _Alignas(64) char stack[STACK_BYTES];
     char *memory = bytes <= STACK_BYTES ? stack : bw_alloc(1, bytes);

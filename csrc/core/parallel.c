@@ -13,15 +13,7 @@
 
 #include "blas.h"
 #include "openmp.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define BW_PAUSE() _mm_pause()
-#elif defined(__aarch64__)
-#define BW_PAUSE() __asm__ volatile("yield")
-#else
-#define BW_PAUSE() ((void)0)
-#endif
+#include "pause.h"
 
 #define BW_MAX_THREADS 1024
 #define BW_SPINS 4000 /* about 50 microseconds: longer than the gap between two products of a model */

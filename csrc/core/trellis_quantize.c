@@ -60,12 +60,21 @@ static ptrdiff_t lay_bench(const trellis_job *job, char *p, bench *b) {
     return total;
 }
 
-/* The first scale of a row: that of its deviation. Later ones are fitted. */
-static bw_status first_step(const float *row, ptrdiff_t n, float *step) {
+/* Of a row's deviation, the deviation of the values that code it best, at each rate: the more choices a step of the
+ * path has, the rarer are those far out, and the more it pays to reach beyond the weights. Measured on Gaussian rows;
+ * within .03 the same for all widths of a state. */
+static const double spreads[BW_TRELLIS_MOST_RATE + 1] = {0, 0.90, 1.02, 1.09, 1.14, 1.19};
+
+static double spread_of(int half_bits) {
+    return (spreads[half_bits / 2] + spreads[(half_bits + 1) / 2]) / 2;
+}
+
+/* The first scale of a row, from its deviation. The last one is fitted. */
+static bw_status first_step(const float *row, ptrdiff_t n, double spread, float *step) {
     double sum = 0;
     for (ptrdiff_t i = 0; i < n; i++) sum += (double)row[i] * (double)row[i];
     if (!isfinite(sum)) return BW_ERR_NONFINITE;
-    double scale = sqrt(sum / (double)n) / (double)BW_TRELLIS_DEVIATION / (double)BW_TRELLIS_STEP;
+    double scale = spread * sqrt(sum / (double)n) / (double)BW_TRELLIS_DEVIATION / (double)BW_TRELLIS_STEP;
     if (scale > 65504) return BW_ERR_RANGE;
     uint16_t half = bw_to_f16((float)scale);
     *step = bw_from_f16(half ? half : 1) * BW_TRELLIS_STEP;
@@ -78,7 +87,7 @@ static bw_status load_weights(const trellis_job *job, ptrdiff_t first, ptrdiff_t
         b->steps[i] = BW_TRELLIS_STEP;
         if (i >= n_rows) continue;
         bw_cpu()->load_row(job->weight, first + i, 0, job->n, b->row);
-        bw_status status = first_step(b->row, job->n, &b->steps[i]);
+        bw_status status = first_step(b->row, job->n, spread_of(job->options->half_bits), &b->steps[i]);
         if (status) return status;
         for (ptrdiff_t k = 0; k < job->n; k++) b->weight[k * ROWS + i] = b->row[job->order[k]];
     }

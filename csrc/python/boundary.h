@@ -98,6 +98,36 @@ int bw_stored_expect_apart(const char *name, const bw_view *out, const bw_stored
  * into it. NULL with an exception. */
 PyObject *bw_stored_new(ptrdiff_t rows, ptrdiff_t cols, const bw_scheme *scheme, bw_quantized *tensor);
 
+/* ---- trellis.c ---- */
+typedef struct {
+    bw_view codes, scales, rates;
+    bw_trellis tensor;
+    bw_trellis_layout layout;
+} bw_trellis_views;
+
+/* From five Python objects: codes, scales, rates, width, cols. */
+int bw_trellis_acquire(PyObject *const *v, bw_trellis_views *views);
+void bw_trellis_release(bw_trellis_views *views);
+
+/* ---- decoder_parts.c ---- */
+/* A linear layer of a decoder with what keeps its memory alive. */
+typedef struct {
+    bw_stored stored;
+    bw_trellis_views trellis;
+    bw_view plain, bias;
+} bw_linear_views;
+
+/* From a tuple: ("packed", codes, scales, zeros, scheme, cols, bias, mode), ("trellis", codes, scales, rates, width,
+ * cols, bias, mode) or ("plain", weight, bias). */
+int bw_linear_acquire(PyObject *layer, bw_linear_views *views, bw_linear *linear);
+void bw_linear_release(bw_linear_views *views);
+/* From None or a tuple (kind, eps, gain or None). */
+int bw_norm_acquire(PyObject *norm, bw_view *view, bw_norm *out);
+/* From None or a tuple (index of a layer, first row, rows). */
+int bw_part_of(PyObject *part, const bw_linear *linears, Py_ssize_t n_linears, bw_part *out);
+/* A tuple of n items, or -1 with TypeError. */
+int bw_expect_tuple(const char *name, PyObject *object, Py_ssize_t n);
+
 /* Wrappers: one file per verb, listed once in verbs.h. */
 #define VERB(name)                                                                                          \
     PyObject *bw_py_##name(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords); \

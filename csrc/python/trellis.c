@@ -1,21 +1,13 @@
 /* quantize_trellis, dequantize_trellis, matmul_trellis. */
 #include "boundary.h"
 
-/* Codes, scales, rates of a stored matrix, and its two sizes. */
-typedef struct {
-    bw_view codes, scales, rates;
-    bw_trellis tensor;
-    bw_trellis_layout layout;
-} trellis_views;
-
-static void release_views(trellis_views *t) {
+void bw_trellis_release(bw_trellis_views *t) {
     bw_view_release(&t->codes);
     bw_view_release(&t->scales);
     bw_view_release(&t->rates);
 }
 
-/* v: codes, scales, rates, width, cols */
-static int acquire_views(PyObject *const *v, trellis_views *t) {
+int bw_trellis_acquire(PyObject *const *v, bw_trellis_views *t) {
     int64_t width = 0, cols = 0;
     if (bw_arg_int("width", v[3], 10, 16, &width) || bw_arg_int("cols", v[4], 0, PTRDIFF_MAX, &cols) ||
         bw_view_acquire("scales", v[1], BW_CONTIGUOUS, &t->scales) ||
@@ -39,7 +31,7 @@ static int acquire_views(PyObject *const *v, trellis_views *t) {
     return 0;
 }
 
-static int expect_apart(const bw_view *out, const trellis_views *t) {
+static int expect_apart(const bw_view *out, const bw_trellis_views *t) {
     return bw_view_expect_apart("out", out, "codes", &t->codes) ||
            bw_view_expect_apart("out", out, "scales", &t->scales) ||
            bw_view_expect_apart("out", out, "rates", &t->rates);
@@ -117,13 +109,13 @@ PyObject *bw_py_dequantize_trellis(PyObject *module, PyObject *const *args, Py_s
     (void)module;
     static const char *const names[] = {"codes", "scales", "rates", "width", "cols", "out", "|", "first", NULL};
     PyObject *v[7], *result = NULL;
-    trellis_views t = {0};
+    bw_trellis_views t = {0};
     bw_view out = {0};
     bw_matrix matrix;
     int64_t first = 0;
     bw_status status;
     if (bw_parse("dequantize_trellis", names, args, n_args, keywords, v) ||
-        bw_arg_int("first", v[6], 0, PTRDIFF_MAX, &first) || acquire_views(v, &t) ||
+        bw_arg_int("first", v[6], 0, PTRDIFF_MAX, &first) || bw_trellis_acquire(v, &t) ||
         bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &matrix))
         goto done;
     /* Without `first` all rows are meant; with it as many as `out` has, or at most all that follow. */
@@ -137,7 +129,7 @@ PyObject *bw_py_dequantize_trellis(PyObject *module, PyObject *const *args, Py_s
     else result = Py_NewRef(Py_None);
 done:
     bw_view_release(&out);
-    release_views(&t);
+    bw_trellis_release(&t);
     return result;
 }
 
@@ -151,13 +143,13 @@ PyObject *bw_py_matmul_trellis(PyObject *module, PyObject *const *args, Py_ssize
     static const char *const names[] = {"x",    "codes", "scales", "rates", "width", "cols",
                                         "bias", "out",   "|",      "mode",  NULL};
     PyObject *v[9], *result = NULL;
-    trellis_views t = {0};
+    bw_trellis_views t = {0};
     bw_view x = {0}, bias = {0}, out = {0};
     bw_matrix activations, target, added = {0};
     int64_t mode = 0;
     bw_status status;
     if (bw_parse("matmul_trellis", names, args, n_args, keywords, v) || bw_arg_int("mode", v[8], 0, 2, &mode) ||
-        bw_view_float_matrix("x", v[0], &x, &activations) || acquire_views(v + 1, &t) ||
+        bw_view_float_matrix("x", v[0], &x, &activations) || bw_trellis_acquire(v + 1, &t) ||
         bw_view_acquire("out", v[7], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &target))
         goto done;
     const int64_t x_shape[2] = {activations.rows, t.tensor.cols}, out_shape[2] = {activations.rows, t.tensor.rows};
@@ -183,6 +175,6 @@ done:
     bw_view_release(&out);
     bw_view_release(&bias);
     bw_view_release(&x);
-    release_views(&t);
+    bw_trellis_release(&t);
     return result;
 }

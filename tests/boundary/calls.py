@@ -14,7 +14,7 @@ KEY = Scheme(3, 16).key
 Arguments = dict[str, object]
 
 # Functions that compute nothing worth releasing the GIL for.
-INSTANT = {"layout", "info", "set_isa", "set_num_threads", "get_num_threads", "borrow_threads"}
+INSTANT = {"decoder", "unchanged", "layout", "info", "set_isa", "set_num_threads", "get_num_threads", "borrow_threads"}
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -56,6 +56,34 @@ def tiles(rows: int, cols: int) -> Arguments:
     return {"codes": codes, "scales": scales, "rates": rates, "width": 10, "cols": cols}
 
 
+def decoder(inner: int, hidden: int) -> Arguments:
+    """Two heads of 16 that share keys, one block."""
+
+    def packed(rows: int, cols: int) -> tuple:
+        return ("packed", *stored(rows, cols).values(), floats(rows), 2)
+
+    shapes = [(32, hidden), (16, hidden), (16, hidden), (hidden, 32), (inner, hidden), (inner, hidden), (hidden, inner)]
+    gain = (1, 1e-6, floats(hidden))
+    parts = tuple((i, 0, rows) for i, (rows, _) in enumerate(shapes))
+    return {
+        "sizes": (hidden, inner, 2, 1, 16, True, 0.25, 0.0, 1.0, 0, 0),
+        "linears": tuple(packed(*shape) for shape in shapes),
+        "blocks": ((parts, (gain, None, None, None, gain, None), 0, 0, 0, 0),),
+        "final": gain,
+    }
+
+
+def step(inner: int, hidden: int) -> Arguments:
+    return {
+        "decoder": _core.decoder(**decoder(inner, hidden)),
+        "x": floats(1, 1, hidden),
+        "out": floats(1, 1, hidden),
+        "ropes": ((floats(1, 16), floats(1, 16), False),),
+        "rooms": ((floats(1, 2, 1, 1, 8, 16), 0, 3, 3),),
+        "padding": np.zeros(1, np.int64),
+    }
+
+
 # name: (rows, cols) -> keyword arguments
 CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "quantize_rtn": lambda r, c: {"weight": floats(r, c), "scheme": KEY},
@@ -94,6 +122,9 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "quantize_trellis": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "bits": 2.0, "width": 10},
     "dequantize_trellis": lambda r, c: {**tiles(r, c), "out": floats(r, c)},
     "matmul_trellis": lambda r, c: {"x": floats(7, c), **tiles(r, c), "bias": floats(r), "out": floats(7, r)},
+    "decoder": decoder,
+    "decode": step,
+    "unchanged": lambda r, c: {"empty": ({},), "absent": ({},), "key": "a", "same": ({"b": r}, "b", r), "answers": ()},
     "pack": lambda r, c: {"codes": codes_of(r, c), "levels": 3},
     "unpack": lambda r, c: {"packed": _core.pack(codes_of(r, c), 3), "cols": c, "levels": 3},
     "hessian_add": lambda r, c: {

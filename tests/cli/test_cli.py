@@ -102,6 +102,16 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_with_trellis_codes():
+    found = json.loads(run("plan", MODEL, "--calibration-samples", 4, "--trellis", "--json").stdout)
+    without = json.loads(run("plan", MODEL, "--calibration-samples", 4, "--json").stdout)
+    assert any("trellis" in scheme for scheme in found["plan"].values())
+    assert not any("trellis" in scheme for scheme in without["plan"].values())
+    assert found["damage"] < without["damage"]
+    refused = run("plan", MODEL, "--calibration-samples", 4, "--trellis", "--for", "gguf", code=1).stderr
+    assert "trellis: expected False for gguf" in refused
+
+
 def test_plan_shows_what_any_target_would_cost():
     found = json.loads(run("plan", MODEL, "--calibration-samples", 4, "--json").stdout)
     sizes, damage = zip(*found["frontier"], strict=True)

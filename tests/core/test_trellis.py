@@ -83,7 +83,7 @@ def test_bytes_depend_on_neither_threads_nor_set():
     assert len(found) == 1
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(1, 0.285), (2, 0.0755), (3, 0.0202), (4, 0.0056), (5, 0.0027)])
+@pytest.mark.parametrize(("bits", "bound"), [(1, 0.281), (2, 0.0751), (3, 0.0196), (4, 0.0051), (5, 0.0014)])
 def test_gaussian_error(bits, bound):
     weight = gaussian(64, 512)
     parts, errors, _, _ = _core.quantize_trellis(weight, None, bits)
@@ -105,7 +105,7 @@ def best_ring(x, values, rate, width):
 @pytest.mark.parametrize("rate", [2, 3, 4])
 def test_paths_are_near_the_best(rate):
     width, found, best = 10, 0.0, 0.0
-    for seed in range(2):
+    for seed in range(6):
         tile = gaussian(16, 16, seed)
         parts = _core.quantize_trellis(tile, None, rate, width, refit=False)[0]
         step = parts[1].astype(float)[:, None] / 128

@@ -84,8 +84,12 @@ def test_what_surrounds_the_blocks_is_listed():
     opt = inspect(make("opt"))
     assert short(name for name, _ in opt.tail) == ("final_layer_norm", "project_out")
     assert isinstance(opt.final_norm, nn.LayerNorm)
-    assert {layer.name for layer in opt.others} == {"model.decoder.project_in", "model.decoder.project_out"}
-    assert [kept.name for kept in opt.kept] == ["model.decoder.embed_positions.weight"]
+    assert {layer.name: layer.kind for layer in opt.others} == {
+        "model.decoder.embed_positions": "table",
+        "model.decoder.project_in": "linear",
+        "model.decoder.project_out": "linear",
+    }
+    assert not opt.kept
     mixtral = inspect(make("mixtral"))
     assert len(mixtral.kept) == 3  # the router of each block
     assert all("MixtralTopKRouter" in kept.reason for kept in mixtral.kept)
@@ -393,11 +397,11 @@ def test_a_block_that_keeps_state_is_refused():
         return out + len(history)
 
     model.model.layers[1].register_forward_hook(growing)
-    with pytest.raises(ValueError, match=r"cannot run block by block, model.layers.1 keeps state"):
+    with pytest.raises(ValueError, match=r"equal results from equal inputs.*model.layers.1 keeps state"):
         BlockRunner(model, inspect(model))
 
 
-def test_work_between_blocks_is_refused():
+def test_a_model_that_works_between_its_blocks_runs_as_one_block():
     class Doubling(nn.ModuleList):
         """Blocks between which the loop doubles the hidden states, as a model's own code might."""
 
@@ -414,8 +418,23 @@ def test_work_between_blocks_is_refused():
 
     model = make("llama")
     model.model.layers = Doubling(model.model.layers)
-    with pytest.raises(ValueError, match="changes hidden states before block 1"):
-        inspect(model)
+    layout = inspect(model)
+    assert "changes hidden states before block 1" in layout.one_block
+    assert [block.name for block in layout.blocks] == [""]
+    assert len(layout.blocks[0].layers) == len(
+        [layer for block in inspect(make("llama")).blocks for layer in block.layers]
+    )
+    before = state_of(model)
+    runner = BlockRunner(model, layout, products="fp32")
+    torch.testing.assert_close(run(runner, tokens()), logits(model, tokens()), rtol=0, atol=0)
+    assert runner.shared_inputs(0)[:2] == inspect_groups(layout)
+    assert_same(before, state_of(model))
+
+
+def inspect_groups(layout):
+    """Query, key and value, then the output of the first block: one block's layers are grouped as they run."""
+    names = [layer.name for layer in layout.blocks[0].layers][:4]
+    return tuple(names[:3]), (names[3],)
 
 
 def test_bad_arguments():

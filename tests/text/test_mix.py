@@ -93,7 +93,7 @@ def test_row_22_a_document_that_repeats_most_of_another_is_left_out():
         (None, {"prose": "5%"}, TypeError, "'prose': expected a relative increase"),
         (["a text"], ["prose"], ValueError, "calibration_data is one text"),
         ({"mine": None}, None, ValueError, "'mine': expected a text; got None"),
-        ({"mine": 3}, None, TypeError, "domain 'mine': expected a path"),
+        ({"mine": object()}, None, TypeError, "domain 'mine': expected a path"),
         ({"mine": "/nowhere/text.txt"}, None, FileNotFoundError, "domain 'mine': .*/nowhere"),
         ({"mine": ["x"]}, ["other"], ValueError, "expected some of mine; got 'other'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from bitween.export.targets import Target
@@ -10,6 +11,7 @@ from bitween.gradual.plan.planner import InfeasibleTarget
 from bitween.gradual.scores.fisher import KEEP
 from bitween.model import blocks
 from bitween.model.memory import model_bytes
+from bitween.model.whole import WholeLayout
 from bitween.realise.context import RunContext
 from bitween.scheme import Scheme
 
@@ -36,7 +38,7 @@ class Sizes:
     def __init__(
         self,
         model: Any,
-        layout: blocks.ModelLayout,
+        layout: blocks.ModelLayout | WholeLayout,
         target: Target,
         schemes: tuple[Scheme, ...],
         ignore_layers: tuple[str, ...],
@@ -44,7 +46,7 @@ class Sizes:
     ) -> None:
         self.layout, self.target, self.schemes = layout, target, schemes
         self.ignore_layers, self.reduction = ignore_layers, reduction
-        self.dtype = layout.embedding.module.weight.dtype
+        self.dtype = layout.dtype if isinstance(layout, WholeLayout) else layout.embedding.module.weight.dtype
         self.original = model_bytes(model)
         self.limit = int(self.original * (1 - reduction))
         self.fixed = self.original - sum(layer.nbytes for layer in layout.layers)
@@ -68,6 +70,8 @@ class Sizes:
         """Whether the layer stays as it is."""
         if not layer.plain or layer.kind == "router" or (layer.kind == "embedding" and not self.target.embeddings):
             return True
+        if layer.kind in ("table", "own") and not self.target.in_place:
+            return True
         return layer.matches(self.ignore_layers)
 
     def fitting(self, layer: blocks.Layer) -> list[Scheme]:
@@ -88,16 +92,32 @@ class Sizes:
                 "bytes",
             )
 
-    def plannable(self, items: list[Item], context: RunContext) -> list[Item]:
+    def full_precision(self, least: float = 0.001) -> list[dict[str, Any]]:
+        """What can take no scheme and holds at least this share of the model's bytes: name, bytes and why."""
+        found = [(x.name, x.nbytes, self._why(x)) for x in self.layers if not self.fitting(x)]
+        found += [(kept.name, math.prod(kept.shape) * self.dtype.itemsize, kept.reason) for kept in self.layout.kept]
+        found = [entry for entry in found if entry[1] >= least * self.original]
+        return [{"name": n, "bytes": size, "why": why} for n, size, why in sorted(found, key=lambda x: (-x[1], x[0]))]
+
+    def _why(self, layer: blocks.Layer) -> str:
+        if layer.matches(self.ignore_layers):
+            return "ignore_layers names it"
+        if layer.kind == "router":
+            return "it chooses the experts, and a small change would send tokens elsewhere"
+        if not layer.plain:
+            return f"{type(layer.module).__name__} does more than its product or lookup"
+        return f"no scheme fits that {self.target.name} runs"
+
+    def plannable(self, items: list[Item], context: RunContext | None = None) -> list[Item]:
         """Of scored items what may be planned: ignored layers keep what they are, sizes are those of the user's own
         dtype, and layers that the target fuses become one item."""
         found = []
         for item in items:
             layer = self.layout.layer(item.name)
-            kept = Option(KEEP, layer.shape[0] * layer.shape[1] * self.dtype.itemsize, 0.0)
+            kept = Option(KEEP, layer.nbytes, 0.0)
             fitting = set(self.fitting(layer))
             found.append(Item(item.name, (*(option for option in item.options if option.key in fitting), kept)))
-        if not self.target.fuses:
+        if not self.target.fuses or context is None:
             return found
         shared = [names for i in range(len(context.layout.blocks)) for names in context.runner.shared_inputs(i)]
         return tie(found, {" + ".join(names): names for names in shared if len(names) > 1})

@@ -249,6 +249,8 @@ class Certificate:
         The certificate of each domain, where there are several.
     tails : tuple of Tail
         Bounds beside the mean's (`bitween.gradual.proof.tails`); of several domains each has its own.
+    of : str
+        What was measured: "perplexity", or what else stands in the place of nats per token ("damage, nats of KL").
     """
 
     text: str
@@ -266,6 +268,7 @@ class Certificate:
     worst: str = ""
     domains: Mapping[str, Certificate] = field(default_factory=dict)
     tails: tuple = ()
+    of: str = "perplexity"
 
     @property
     def accepted(self) -> bool:
@@ -300,6 +303,13 @@ class Certificate:
         }
 
     def __str__(self) -> str:
+        if self.of != "perplexity":
+            line = (
+                f"{self.verdict}: {self.of} {self.increase:.4g}, at most {self.bound:.4g} with {self.confidence:.4g} "
+                f"confidence; budget {self.budget:.4g}; {self.windows} examples"
+            )
+            line += f" from {self.text}" if self.text else ""
+            return line + (f"; about {self.needed_tokens:,} would do" if self.needed_tokens else "")
         amount = f"{self.tokens:,} tokens in {self.windows} windows"
         amount += f" of {self.documents} documents" if self.documents else ""
         where = f" in {self.worst}, the worst of {len(self.domains)} domains" if self.worst else ""
@@ -330,6 +340,7 @@ def certify(
     looks: int = 3,
     spending: str = "late",
     text: str = "",
+    of: str = "perplexity",
 ) -> Certificate:
     """Draw text until it is clear whether the increase is within the budget, or the text ends.
 
@@ -351,6 +362,8 @@ def certify(
         "late" saves the error probability for the last look, "even" spends it evenly: see `error_levels`.
     text : str
         Where the text comes from.
+    of : str
+        What the differences are of, for the certificate's words.
 
     Raises
     ------
@@ -365,7 +378,7 @@ def certify(
     if not 0.5 < confidence < 1 or looks < 1 or math.isnan(budget):
         raise ValueError(f"expected 0.5 < confidence < 1, looks >= 1, a budget; got {confidence}, {looks}, {budget}")
     documents = None if documents is None else np.unique(np.asarray(documents), return_inverse=True)[1]
-    trial = _Trial(text, tokens, documents, budget, confidence)
+    trial = _Trial(text, tokens, documents, budget, confidence, of)
     stops = _stops(tokens, trial.clusters, looks)
     shares = tuple(float(tokens[:stop].sum() / tokens.sum()) for stop in stops)
     levels = error_levels(shares, 1 - confidence, spending)
@@ -396,8 +409,9 @@ class _Trial:
     """Evidence gathered about one model."""
 
     def __init__(
-        self, text: str, tokens: np.ndarray, documents: np.ndarray | None, budget: float, confidence: float
+        self, text: str, tokens: np.ndarray, documents: np.ndarray | None, budget: float, confidence: float, of: str
     ) -> None:
+        self.of = of
         self.text, self.tokens, self.documents = text, tokens, documents
         self.budget, self.confidence = budget, confidence
         self.differences = np.zeros(0)
@@ -454,6 +468,7 @@ class _Trial:
             looks=tuple(self.looks),
             by=self.by,
             needed_tokens=needed,
+            of=self.of,
         )
 
 
@@ -462,8 +477,8 @@ def certify_in_order(
 ) -> tuple[Certificate, ...]:
     """Certify candidates from the safest on, and stop at the first that is not accepted.
 
-    As the order is fixed before the text is seen, and nothing is tested after the first failure, the probability
-    that any model above the budget is accepted is at most 1 - confidence for all candidates together (fixed-sequence
+    As the order is fixed before the text is seen, and nothing is tested after the first failure, the probability that
+    any model above the budget is accepted is at most 1 - confidence for all candidates together (fixed-sequence
     testing, Maurer, Hothorn and Lehmacher 1995): it takes accepting the first such model in the order.
 
     Parameters

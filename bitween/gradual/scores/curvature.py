@@ -20,9 +20,12 @@ import torch
 
 import bitween
 from bitween._progress import Progress, no_progress
+from bitween.gradual.scores.unreached import impute
+from bitween.model.head import position_blocks
 from bitween.realise.context import RunContext
+from bitween.scheme import TILE
 
-__all__ = ["LayerCurvature", "collect_curvature", "conditional_variances"]
+__all__ = ["LayerCurvature", "block_variances", "collect_curvature", "conditional_variances"]
 
 DAMPING = 0.01  # of the mean diagonal, added to H before it is factored
 
@@ -37,6 +40,8 @@ class LayerCurvature:
     energy : float64 (windows,), sum of G_o for each window alone; its spread gives the error bar
     moment : float64 (cols,), E[x_j^2], the diagonal of H
     conditional : float64 (cols,), variance of x_j given the columns after it
+    blocked : float64 (cols,) or None, variance of x_j given the blocks of 16 columns after its own, in the order of
+        their activity: what counts for a trellis path, which can't look ahead at its own errors
     elementwise : float32 (rows, cols) or None, F
     tokens : tokens that reached the layer
     """
@@ -45,6 +50,7 @@ class LayerCurvature:
     energy: list[float] = field(default_factory=list)
     moment: np.ndarray | None = None
     conditional: np.ndarray | None = None
+    blocked: np.ndarray | None = None
     elementwise: torch.Tensor | None = None
     tokens: int = 0
 
@@ -59,11 +65,30 @@ class LayerCurvature:
 
 def conditional_variances(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     """Variance of each column given all later ones, float64 (cols,), from E[x x^T] (cols, cols)."""
+    return np.diagonal(_upper_factor(hessian, damping)) ** 2
+
+
+def block_variances(hessian: np.ndarray, damping: float = DAMPING, block: int = TILE) -> np.ndarray:
+    """Variance of each column given those of later blocks, the most active block first; float64 (cols,)."""
+    n = len(hessian)
+    active = [np.diagonal(hessian)[k : k + block].mean() for k in range(0, n, block)]
+    first = np.argsort(-np.array(active), kind="stable") * block
+    blocks = [np.arange(k, min(n, k + block)) for k in first]
+    order = np.concatenate(blocks)
+    factor = _upper_factor(np.asarray(hessian)[np.ix_(order, order)], damping)
+    found, at = np.empty(n), 0
+    for columns in blocks:
+        inside = slice(at, at := at + len(columns))
+        found[columns] = (factor[inside, inside] ** 2).sum(1)
+    return found
+
+
+def _upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """U, upper triangular, with U U^T = the damped matrix."""
     h = np.asarray(hessian, np.float64)
     h = (h + h.T) / 2
     h[np.diag_indices_from(h)] += damping * max(np.trace(h) / len(h), 1e-30)
-    factor = np.linalg.cholesky(h[::-1, ::-1])
-    return np.diagonal(factor)[::-1] ** 2
+    return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
 
 
 def collect_curvature(
@@ -72,6 +97,7 @@ def collect_curvature(
     gradient_windows: int = 8,
     hessian_windows: int = 24,
     elementwise: bool = False,
+    blocked: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, LayerCurvature]:
     """Curvature of every layer, the embedding and the head among them, from calibration text.
@@ -83,6 +109,7 @@ def collect_curvature(
     ----------
     gradient_windows, hessian_windows : calibration windows for G and for H, at most
     elementwise : also keep F, as much memory again as the weights in float32
+    blocked : also find what trellis codes are scored with, for a second Cholesky factor of each layer's inputs
 
     Returns
     -------
@@ -92,7 +119,8 @@ def collect_curvature(
     found = {name: LayerCurvature(np.zeros(layer.shape[0])) for name, layer in layers.items()}
     ids = context.text.calibration.ids
     _collect_gradients(context, ids[:gradient_windows], found, elementwise, progress)
-    _collect_moments(context, ids[:hessian_windows], found, progress)
+    _collect_moments(context, ids[:hessian_windows], found, blocked, progress)
+    impute(found, layers, context.layout.embedding.name)
     return found
 
 
@@ -134,28 +162,29 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
     leaf = final.detach().requires_grad_(True)
     curvature = found[head.name]
     with torch.enable_grad():
-        logits = runner.logits(leaf, grad=True).float()
-        p = logits.detach().softmax(-1)[0]
-        labels = _sample(p, generator)
-        loss = torch.nn.functional.cross_entropy(logits[0], labels, reduction="sum")
-    # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
-    energy = (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
+        energy, places = np.zeros(head.shape[0]), torch.rand(final.shape[1], 1, generator=generator)
+        for part in position_blocks(final.shape[1], head.shape[0]):
+            logits = runner.logits(leaf[0, part], grad=True).float()
+            p = logits.detach().softmax(-1)
+            loss = torch.nn.functional.cross_entropy(logits, _sample(p, places[part]), reduction="sum")
+            loss.backward()
+            # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
+            energy += (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
     curvature.rows += energy
-    curvature.energy.append(float(energy.sum()) / len(p))
+    curvature.energy.append(float(energy.sum()) / len(places))
     if elementwise:
         _add_elementwise(
             curvature, head, torch.outer(torch.from_numpy(energy).float(), final.detach()[0].pow(2).mean(0))
         )
-    loss.backward()
     final.backward(leaf.grad)
     return hidden.grad
 
 
-def _sample(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One label a row of probabilities (rows, n), by inversion; torch.multinomial takes ten times as long."""
+def _sample(p: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """One label a row of probabilities (rows, n), by inversion of uniform numbers (rows, 1); torch.multinomial takes
+    ten times as long."""
     running = p.cumsum(-1)
-    places = torch.rand(len(p), 1, generator=generator) * running[:, -1:]
-    return torch.searchsorted(running, places).clamp_(max=p.shape[-1] - 1)[:, 0]
+    return torch.searchsorted(running, places * running[:, -1:]).clamp_(max=p.shape[-1] - 1)[:, 0]
 
 
 def _block_gradient(context, i, hidden, call, gradient, found, elementwise) -> torch.Tensor:
@@ -222,33 +251,39 @@ def _embedding_gradient(context, ids, gradient, found) -> None:
 # ---- inputs ------------------------------------------------------------------------------------------
 
 
-def _collect_moments(context, ids, found, progress) -> None:
+def _collect_moments(context, ids, found, blocked, progress) -> None:
     runner, layout = context.runner, context.layout
     embedding = found[layout.embedding.name]
-    embedding.moment = embedding.conditional = embedding.moment / max(1, embedding.tokens)
+    embedding.moment = embedding.conditional = embedding.blocked = embedding.moment / max(1, embedding.tokens)
     with runner:
-        batches = [runner.embed(part) for part in context.batches(ids)]
-        states = [hidden for hidden, _ in batches]
+        keep = context.spill.keep
+        calls, states = [], []
+        for part in context.batches(ids):
+            hidden, call = runner.embed(part)
+            calls.append(call)
+            states.append(keep(hidden))
         for i in range(len(layout.blocks)):
             moments: dict[tuple[str, ...], bitween.Hessian] = {}
-            for k, (_, call) in enumerate(batches):
-                states[k], inputs = runner.capture_inputs(i, states[k], call)
+            for k, call in enumerate(calls):
+                left, inputs = runner.capture_inputs(i, states[k], call)
+                states[k] = keep(left)
                 for names, x in inputs.items():
                     moments.setdefault(names, bitween.Hessian(x.shape[-1])).add(x)
             for names, hessian in moments.items():
-                _keep_moment(found, names, hessian)
+                _keep_moment(found, names, hessian, blocked)
             progress("input covariances", i + 1, len(layout.blocks) + 1, layout.blocks[i].name)
         last = bitween.Hessian(layout.head.shape[1])
         for hidden in states:
             last.add(runner.final(hidden).float().reshape(-1, layout.head.shape[1]))
-        _keep_moment(found, (layout.head.name,), last)
+        _keep_moment(found, (layout.head.name,), last, blocked)
         progress("input covariances", len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
 
 
-def _keep_moment(found, names, hessian) -> None:
+def _keep_moment(found, names, hessian, blocked) -> None:
     matrix = np.asarray(hessian.matrix(), np.float64)
     conditional = conditional_variances(matrix)
+    by_block = block_variances(matrix) if blocked else None
     for name in names:
         found[name].moment = np.diagonal(matrix).copy()
-        found[name].conditional = conditional
+        found[name].conditional, found[name].blocked = conditional, by_block
         found[name].tokens = hessian.tokens

@@ -1,8 +1,9 @@
 """Predicted damage of every (layer, scheme): curvature times the squared error that a quantizer will leave.
 
 `search` gives each scheme's weighted squared error from a sample of rows, on ranges that are searched as the quantizer
-will search them. The weights say which quantizer: with error feedback (GPTQ) column j counts with its
-`conditional` variance, without it with its plain second moment.
+will search them; `trellis_errors` gives that of trellis codes from a table. The weights say which quantizer: with error
+feedback (GPTQ) column j counts with its `conditional` variance, or `blocked` for the trellis, which feeds back what a
+block of columns leaves; without it with its plain second moment.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 
 import bitween
 from bitween.gradual.scores.curvature import LayerCurvature
+from bitween.gradual.scores.trellis_error import trellis_errors
 from bitween.model import blocks
-from bitween.scheme import Scheme
+from bitween.scheme import TRELLIS_BITS, Scheme
 
-__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layers"]
+__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layer", "score_layers", "trellis_schemes"]
 
 KEEP = None  # the key of "leave this layer as it is"
 _SAMPLED_WEIGHTS = 1 << 16  # of one layer: errors of thousands of groups are known to a percent
@@ -54,6 +56,12 @@ def candidate_schemes(
     return tuple(Scheme(b, g, s) for b in bits for g in group_sizes for s in symmetric)
 
 
+def trellis_schemes(bits: Sequence[float] = TRELLIS_BITS[1:], width: int = 12) -> tuple[Scheme, ...]:
+    """Trellis codes of 1.5 to 5 bits in half steps: fewer do more harm than a plan can repair, and from 5 on grids
+    lose as little."""
+    return tuple(Scheme.trellis(b, width) for b in bits)
+
+
 def score_layers(
     layout: blocks.ModelLayout,
     curvature: dict[str, LayerCurvature],
@@ -74,25 +82,66 @@ def score_layers(
         uses = [curvature[layer.name]]
         if layer.name == layout.embedding.name and layout.tied:
             uses.append(curvature[layout.head.name])
-        error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
-        spread = np.nanmax([use.relative_error for use in uses])
-        sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
-        found[layer.name] = LayerScores(layer.name, tuple(schemes), error / 2, float(spread), sizes, layer.nbytes)
+        found[layer.name] = score_layer(layer, uses, schemes, feedback=feedback, ranges=ranges)
     return found
+
+
+def score_layer(
+    layer: blocks.Layer,
+    uses: Sequence[LayerCurvature],
+    schemes: Sequence[Scheme],
+    *,
+    feedback: bool = True,
+    ranges: str = "clip",
+) -> LayerScores:
+    """Predicted damage of every scheme for one matrix, by the curvature of each of its uses."""
+    error = sum(_weighted_errors(layer, use, schemes, feedback, ranges) for use in uses)
+    known = [use.relative_error for use in uses if not np.isnan(use.relative_error)]
+    spread = float(max(known, default=np.nan))
+    sizes = np.array([scheme.nbytes(*layer.shape) for scheme in schemes], np.int64)
+    return LayerScores(layer.name, tuple(schemes), error / 2, spread, sizes, layer.nbytes)
 
 
 def _weighted_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, ranges: str) -> np.ndarray:
     """sum_o G_o sum_j D_j (dW_oj)^2 for each scheme, float64 (schemes,), extrapolated from evenly spaced rows."""
+    coded = np.array([scheme.coding == "trellis" for scheme in schemes])
+    errors = np.empty(len(schemes))
+    for where, of in ((~coded, _grid_errors), (coded, _trellis_errors)):
+        if where.any():
+            chosen = [schemes[k] for k in np.flatnonzero(where)]
+            errors[where] = of(layer, curvature, chosen, feedback, ranges)
+    return errors
+
+
+def _grid_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, ranges: str) -> np.ndarray:
     columns = curvature.conditional if feedback else curvature.moment
-    if columns is None or curvature.tokens == 0:  # never reached by the text: only its own size can speak
-        columns = np.full(layer.shape[1], 1e-6)
     if not feedback and curvature.elementwise is not None:
         return np.asarray(bitween.search(layer.weight, schemes, curvature.elementwise, ranges=ranges))
-    rows, factor = _sample_rows(curvature.rows, max(1, _SAMPLED_WEIGHTS // layer.shape[1]))
-    weight = layer.weight[torch.from_numpy(rows)].contiguous()
-    importance = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
+    factor, weight = _sample(layer, curvature)
+    importance = torch.from_numpy(np.ascontiguousarray(_reached(layer, columns), np.float32))
     factor = torch.from_numpy(np.ascontiguousarray(factor, np.float32))
     return np.asarray(bitween.search(weight, schemes, importance, row_importance=factor, ranges=ranges))
+
+
+def _trellis_errors(layer, curvature: LayerCurvature, schemes, feedback: bool, _ranges: str) -> np.ndarray:
+    if not feedback and curvature.elementwise is not None:
+        weight, columns, factor = layer.weight, curvature.elementwise.numpy(), np.ones(layer.shape[0])
+    else:
+        factor, weight = _sample(layer, curvature)
+        fed_back = curvature.conditional if curvature.blocked is None else curvature.blocked
+        columns = _reached(layer, fed_back if feedback else curvature.moment)
+    return trellis_errors(weight.detach().float().numpy(), schemes, columns, factor)
+
+
+def _reached(layer, columns: np.ndarray | None) -> np.ndarray:
+    """Costs of columns; where there is no layer to compare with, only a layer's own size can speak."""
+    return np.full(layer.shape[1], 1e-6) if columns is None else columns
+
+
+def _sample(layer, curvature: LayerCurvature) -> tuple[np.ndarray, torch.Tensor]:
+    """Factors of some rows, and their weights."""
+    rows, factor = _sample_rows(curvature.rows, max(1, _SAMPLED_WEIGHTS // layer.shape[1]))
+    return factor, layer.weight[torch.from_numpy(rows)].contiguous()
 
 
 def _sample_rows(weights: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@
 #include "loss.h"
 #include "product.h"
 #include "trellis.h"
+#include "decode.h"
 
 #define BW_TABLE(isa_name, isa_rank, isa_supported) \
     {                                               \
@@ -46,4 +47,13 @@
         .trellis_decode = trellis_decode,           \
         .trellis_token = trellis_token,             \
         .trellis_multiply = trellis_multiply,       \
+        .round_row = round_row,                     \
+        .add_row = add_row,                         \
+        .norm_row = norm_row,                       \
+        .rotate_row = rotate_row,                   \
+        .activate_row = activate_row,               \
+        .attend_scores = attend_scores,             \
+        .attend_weights = attend_weights,           \
+        .attend_mix = attend_mix,                   \
+        .dense_rows = dense_rows,                   \
     }

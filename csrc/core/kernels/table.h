@@ -73,6 +73,19 @@ typedef struct {
     int width, digits;
 } bw_trellis_few;
 
+/* Attention of some heads to the same keys and values, rows of `dim` numbers of `dtype` without gaps. */
+enum { BW_MOST_HEAD = 512 };
+
+typedef struct {
+    ptrdiff_t dim;          /* of a head, at most BW_MOST_HEAD */
+    ptrdiff_t query_stride; /* from one head's query to the next */
+    ptrdiff_t out_stride;   /* from one head's result to the next */
+    ptrdiff_t stride;       /* from one head's scores to the next */
+    int n_heads;
+    float scale;
+    bw_dtype dtype;
+} bw_attend;
+
 typedef struct {
     const char *name;
     int rank;               /* higher is preferred */
@@ -142,6 +155,19 @@ typedef struct {
     void (*trellis_token)(const bw_trellis_few *job, const float *x, char *token);
     void (*trellis_multiply)(const bw_trellis_few *job, ptrdiff_t row_tile, ptrdiff_t n_tokens, const float *scales,
                              float *out);
+
+    /* kernels/decode.h, where each is explained. Rows are padded with zeros to whole vectors. */
+    void (*round_row)(float *x, ptrdiff_t n, bw_dtype dtype);
+    void (*add_row)(float *x, const float *y, ptrdiff_t n, float scale, bw_dtype dtype);
+    void (*norm_row)(const float *x, ptrdiff_t n, const float *gain, float eps, bw_gain kind, bw_dtype dtype,
+                     float *out);
+    void (*rotate_row)(float *x, ptrdiff_t n, const float *cosine, const float *sine, int steps, bw_dtype dtype);
+    void (*activate_row)(float *x, const float *up, ptrdiff_t n, bw_activation kind, bw_dtype dtype);
+    void (*attend_scores)(const bw_attend *job, const float *queries, const char *keys, ptrdiff_t n, float *scores);
+    float (*attend_weights)(float *scores, ptrdiff_t n, float cap);
+    void (*attend_mix)(const bw_attend *job, const float *weights, const float *totals, const char *values, ptrdiff_t n,
+                       float *out);
+    void (*dense_rows)(const bw_matrix *weight, ptrdiff_t first, ptrdiff_t n, const float *x, float *out);
 
     /* kernels/signround.h: one row; low, high and their gradients one value a group. */
     void (*train_forward)(const float *w, const float *offset, const float *low, const float *high, ptrdiff_t cols,

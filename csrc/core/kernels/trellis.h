@@ -125,6 +125,29 @@ static void trellis_token(const bw_trellis_few *job, const float *x, char *token
     }
 }
 
+/* dots (and lower, where there are two planes) += a column times a whole number of each token. */
+static inline __attribute__((always_inline)) void add_column(bw_hash hash, int c, const int32_t *const *x,
+                                                             ptrdiff_t padded, int n_tokens, int planes, bw_w32 *dots,
+                                                             bw_w32 *lower) {
+    for (int t = 0; t < n_tokens; t++) {
+        dots[t] = bw_dot_hash(dots[t], hash, x[t][c]);
+        if (planes == 2) lower[t] = bw_dot_hash(lower[t], hash, x[t][c + padded]);
+    }
+}
+
+/* The rate is known when this is compiled, so that columns lie at fixed distances and nothing but vector work is left
+ * in the loop. The first column comes last: the bytes of its seam were just written in pieces, and to read them back at
+ * once would wait for that. */
+static inline __attribute__((always_inline)) void add_tile(const open_tile *tile, int rate, const bw_windows *windows,
+                                                           const int32_t *const *x, ptrdiff_t padded, int n_tokens,
+                                                           int planes, bw_w32 *dots, bw_w32 *lower) {
+    const bw_windows w = windows[rate];
+#pragma GCC unroll 5
+    for (int c = 1; c < BW_TRELLIS_SIDE; c++)
+        add_column(bw_hash_column(tile->p + (c + 1) * 2 * rate, &w), c, x, padded, n_tokens, planes, dots, lower);
+    add_column(bw_hash_column(tile->seam + 16, &w), 0, x, padded, n_tokens, planes, dots, lower);
+}
+
 /* sums += tiles of one cell times tokens that are rounded. */
 static inline __attribute__((always_inline)) const uint8_t *add_cell(const bw_trellis_few *job, const uint8_t *codes,
                                                                      ptrdiff_t cell, const bw_windows *windows,
@@ -140,16 +163,16 @@ static inline __attribute__((always_inline)) const uint8_t *add_cell(const bw_tr
     }
     for (ptrdiff_t k = first; k < end; k++) {
         open_tile tile;
+        const int32_t *x[BW_TOKENS_AT_ONCE];
         int rate = job->rates[k];
-        const bw_windows w = windows[rate];
         open_trellis_tile(codes, rate, codes == job->codes, &tile);
-        for (int c = 0; c < BW_TRELLIS_SIDE; c++) {
-            bw_hash hash = hash_tile_column(&tile, c, rate, &w);
-            for (int t = 0; t < n_tokens; t++) {
-                const int32_t *x = (const int32_t *)tokens[t] + k * BW_TRELLIS_SIDE + c;
-                dots[t] = bw_dot_hash(dots[t], hash, x[0]);
-                if (planes == 2) lower[t] = bw_dot_hash(lower[t], hash, x[job->padded]);
-            }
+        for (int t = 0; t < n_tokens; t++) x[t] = (const int32_t *)tokens[t] + k * BW_TRELLIS_SIDE;
+        switch (rate) {
+        case 1: add_tile(&tile, 1, windows, x, job->padded, n_tokens, planes, dots, lower); break;
+        case 2: add_tile(&tile, 2, windows, x, job->padded, n_tokens, planes, dots, lower); break;
+        case 3: add_tile(&tile, 3, windows, x, job->padded, n_tokens, planes, dots, lower); break;
+        case 4: add_tile(&tile, 4, windows, x, job->padded, n_tokens, planes, dots, lower); break;
+        default: add_tile(&tile, 5, windows, x, job->padded, n_tokens, planes, dots, lower);
         }
         codes += 2 * BW_TRELLIS_SIDE * rate;
     }

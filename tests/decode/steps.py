@@ -1,0 +1,96 @@
+"""Tiny quantized models and their steps both ways, for the tests of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from bitween import Scheme, _core
+from bitween.decode import attach, detach, path_of, stepping
+from tests import quantized_models, tiny_models
+
+SCHEMES = [Scheme(4, 32), Scheme(8, 16, True), Scheme(3, -1), Scheme(1.58, 16)]
+OWN = {
+    "llama": {"head_dim": 24},  # not a whole number of vectors
+    "ministral": {"head_dim": 8},
+    "mistral": {"sliding_window": 6},
+    "phi3": {"sliding_window": 6},
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "attn_implementation": "eager"},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+    "olmo3": {"sliding_window": 6},
+}
+FAMILIES = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi3",
+    "granite",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+)
+
+
+def make(family: str, dtype: torch.dtype = torch.float32, schemes: list | None = None, **config) -> torch.nn.Module:
+    """A quantized model whose decoder may take its steps by the core."""
+    model = tiny_models.make(family, dtype=dtype, **{**OWN.get(family, {}), **config})
+    for module in model.modules():  # tables that from_pretrained keeps in float32 too
+        for name, buffer in module._buffers.items():
+            if buffer is not None and "inv_freq" in name:
+                module._buffers[name] = buffer.float()
+    return attach(quantized_models.quantize(model, schemes or SCHEMES))
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many steps the core takes meanwhile."""
+    taken = [0]
+
+    class Counting:
+        def __getattr__(self, name):
+            if name == "decode":
+                taken[0] += 1
+            return getattr(_core, name)
+
+    stepping._core = Counting()
+    try:
+        yield taken
+    finally:
+        stepping._core = _core
+
+
+def both_ways(model: torch.nn.Module, ids: torch.Tensor, steps: list[torch.Tensor], mask: torch.Tensor | None = None):
+    """Logits of given steps after a prompt: by transformers, by the core, and how many the core took."""
+
+    def run() -> torch.Tensor:
+        cache, seen, logits = DynamicCache(config=model.config), mask, []
+        with torch.no_grad():
+            model(ids, attention_mask=seen, past_key_values=cache)
+            for step in steps:
+                if seen is not None:
+                    seen = torch.cat([seen, torch.ones_like(step)], 1)
+                logits.append(model(step, attention_mask=seen, past_key_values=cache).logits)
+        return torch.cat(logits, 1)
+
+    detach(model)
+    theirs = run()
+    attach(model)
+    run()  # which is checked
+    with counted() as taken:
+        ours = run()
+    assert path_of(model)["path"] == "core", path_of(model)
+    return theirs.float(), ours.float(), taken[0]
+
+
+def miss(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """Root mean square difference, relative."""
+    return ((ours - theirs).pow(2).mean().sqrt() / theirs.pow(2).mean().sqrt()).item()
