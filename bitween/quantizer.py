@@ -170,9 +170,9 @@ class Bitween:
     def _calibrated(self, base: Any, plan: dict[str, Scheme], method: str, calibration_data: Any) -> tuple[Any, Any]:
         from bitween.realise.context import RunContext
         from bitween.realise.realiser import Realiser
-        from bitween.text.sources import checked
+        from bitween.text.mix import checked
 
-        calibration_data = checked(calibration_data, self.tokenizer)
+        calibration_data = checked(calibration_data, None, self.tokenizer)
         context = RunContext.build(
             base,
             self.tokenizer,
@@ -182,6 +182,7 @@ class Bitween:
             selection_samples=1,
             length=self.sequence_length,
             seed=self.seed,
+            bounded=False,
         )
         realiser = Realiser(context, method=method, progress=self.progress or no_progress)
         realiser.realise(plan, stage=_stage(method, plan))

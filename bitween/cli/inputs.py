@@ -18,6 +18,7 @@ __all__ = [
     "compare",
     "load",
     "natural",
+    "read_domains",
     "show",
 ]
 
@@ -25,7 +26,7 @@ __all__ = [
 def compare(candidate, base, tokenizer, text: str | None, samples: int):
     from bitween.gradual import GradualEvaluator
 
-    options = {"calibration_samples": 1, "selection_samples": 1, "evaluation_samples": samples}
+    options = {"calibration_samples": 1, "selection_samples": 1, "evaluation_samples": samples, "bounded": False}
     evaluator = GradualEvaluator(base, tokenizer, calibration_data=text, **options)
     return evaluator.comprehensive_evaluation(candidate)
 
@@ -85,10 +86,22 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: expected at least {least:g}; got {value:g}")
 
 
-def check_text(text: str | None) -> None:
-    from bitween.text.sources import checked
+def check_text(text: str | None, domains: dict[str, float | None] | None = None) -> None:
+    from bitween.text.mix import checked
 
-    checked(text, tokenizer="there will be one")
+    checked(text, domains, tokenizer="there will be one")
+
+
+def read_domains(given: list[str] | None) -> dict[str, float | None] | None:
+    """NAME or NAME=BUDGET, several, as {name: budget or None}; None where none was given."""
+    found: dict[str, float | None] = {}
+    for text in given or ():
+        name, mark, budget = text.partition("=")
+        try:
+            found[name] = float(budget) if mark else None
+        except ValueError:
+            raise ValueError(f"--domain: expected NAME or NAME=BUDGET, as in code=0.05; got {text!r}") from None
+    return found or None
 
 
 def check_output(output: Path) -> Path:

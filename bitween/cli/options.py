@@ -12,6 +12,7 @@ import typer
 __all__ = [
     "Calibration",
     "Config",
+    "Domains",
     "Dtype",
     "For",
     "Ignored",
@@ -81,6 +82,10 @@ Model = Annotated[str, typer.Argument(help="directory of a Hugging Face model, o
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Reduction = Annotated[float, typer.Option(help="share of the bytes to save, 0 to 1")]
 Text = Annotated[str | None, typer.Option(help="text file, or data set name; default bitween's own")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option("--domain", help="a domain of text that counts, NAME or NAME=BUDGET; default all"),
+]
 Calibration = Annotated[int, typer.Option(help="windows of calibration text, at most")]
 Ignored = Annotated[list[str] | None, typer.Option(help="name or pattern of layers to leave alone")]
 For = Annotated[str, typer.Option("--for", help="any, vllm, marlin, gguf or auto-round")]

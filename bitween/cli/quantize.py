@@ -9,10 +9,19 @@ from typing import Annotated
 import typer
 
 from bitween.cli.app import app
-from bitween.cli.inputs import check_dtype, check_model, check_output, check_text, check_unquantized, show
+from bitween.cli.inputs import (
+    check_dtype,
+    check_model,
+    check_output,
+    check_text,
+    check_unquantized,
+    read_domains,
+    show,
+)
 from bitween.cli.options import (
     Calibration,
     Config,
+    Domains,
     Dtype,
     For,
     Ignored,
@@ -33,6 +42,7 @@ def quantize(
     target_memory_reduction: Reduction = 0.6,
     max_perplexity_increase: Annotated[float, typer.Option(help="relative, 0.05 = 5 %")] = 0.05,
     calibration_data: Text = None,
+    domain: Domains = None,
     calibration_samples: Calibration = 100,
     evaluation_samples: Annotated[int, typer.Option(help="windows of text for the proof, at most")] = 200,
     ignore_layer: Ignored = None,
@@ -68,7 +78,8 @@ def quantize(
         seed=seed,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
     )
-    check_text(calibration_data)
+    domains = read_domains(domain)
+    check_text(calibration_data, domains)
     check_model(model)
     check_unquantized(model)
     journal = output.with_name(output.name + ".journal")
@@ -79,6 +90,7 @@ def quantize(
         model,
         None,
         calibration_data=calibration_data,
+        domains=domains,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         progress=Story(),

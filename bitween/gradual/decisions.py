@@ -59,7 +59,7 @@ def not_worse_than_uniform(chosen: Stage, descent: Descent) -> tuple[Stage, dict
         return chosen, None
     key = min(fitting, key=lambda k: (fitting[k].damage, str(k)))
     stage = descent.try_plan(f"uniform {key}", fitting[key])
-    better = stage.damage < chosen.damage
+    better = stage.accepted >= chosen.accepted and stage.damage < chosen.damage
     text = f"{key}, {stage.nbytes / 2**20:.1f} MiB, KL {stage.damage:.4f}" + (" (taken)" if better else "")
     return (stage if better else chosen), {"scheme": str(key), **stage.to_dict(), "text": text}
 

@@ -7,7 +7,7 @@ by the safety multiplier (a stage predicted at up to that many budgets is still 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,9 @@ class Stage:
     nbytes : of all layers
     predicted : damage predicted before, nats per token
     damage : measured on the selection text, nats per token
-    increase : what counts against the budget, measured on the selection text: ln perplexity ratio, nats per token; or
-        damage, or the drop of a metric, where the budget is of these
+    increase : what counts against the budget, measured on the selection text: ln perplexity ratio, nats per token, with
+        several domains that of the one that takes most of its budget; or damage, or the drop of a metric, where the
+        budget is of these
     accepted : within the budget
     """
 
@@ -63,6 +64,7 @@ class Descent:
     budget : nats per token of ln perplexity ratio, or in the unit of what else a measurement spends
     ratios : least and largest that a nat of damage is taken to spend
     safety_multiplier : >= 1, how far beyond the budget a prediction may lie and still be tried
+    budgets : {domain: nats per token} of domains that have a budget of their own
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Descent:
         realise: Callable[[str, Plan], Realisation],
         budget: float,
         safety_multiplier: float = 2.0,
-        ratios: tuple[float, float] = (0.2, 2.0),
+        ratios: tuple[float, float] = (0.2, 4.0),
+        budgets: Mapping[str, float] | None = None,
     ):
         self._ratios = ratios
         self.frontier, self.budget, self.safety = frontier, budget, safety_multiplier
+        self.budgets = dict(budgets or {})
         self._realise = realise
         self.stages: list[Stage] = []
         self.model = DamageModel()
@@ -118,7 +122,7 @@ class Descent:
 
     def _judged(self, name: str, nbytes: int, predicted: float, realisation: Realisation) -> Stage:
         quality = realisation.measurement
-        increase = quality.spent
+        increase = quality.nats(self.budget, self.budgets) if self.budgets else quality.spent
         accepted = math.isfinite(quality.damage) and increase <= self.budget
         stage = Stage(name, nbytes, predicted, quality.damage, increase, accepted, realisation)
         self.stages.append(stage)

@@ -8,60 +8,26 @@ small damage, cancels: base + head(h_q - h) + (W_q - W) h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 import bitween
-from bitween.gradual.proof import certificate
-from bitween.gradual.utils import budget_nats, perplexity_increase
+from bitween.gradual.measurement import Measurement, summary
+from bitween.gradual.proof import by_domain, certificate
+from bitween.gradual.proof.tails import tails
+from bitween.gradual.utils import budget_nats
 from bitween.model import blocks
 from bitween.model.head import position_blocks
 from bitween.realise.context import Reference, RunContext
+from bitween.text.calibration import Splits
+from bitween.text.control_tokens import control_tokens
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One candidate on one set of windows.
-
-    Attributes
-    ----------
-    damage : nats per token, mean KL(reference || candidate)
-    standard_error : nats, of `damage`, over windows
-    perplexity, reference_perplexity : of the next token
-    perplexity_increase : perplexity / reference_perplexity - 1
-    agreement : share of positions where both models rank the same token first
-    tokens : positions measured
-    """
-
-    damage: float
-    standard_error: float
-    perplexity: float
-    reference_perplexity: float
-    perplexity_increase: float
-    agreement: float
-    tokens: int
-
-    @property
-    def spent(self) -> float:
-        """What counts against a budget of perplexity: its log ratio, nats per token."""
-        return math.log1p(self.perplexity_increase) if self.perplexity_increase > -1 else -math.inf
-
-    def to_dict(self) -> dict[str, float]:
-        """The same as plain numbers."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"KL {self.damage:.4f} ± {self.standard_error:.4f} nats/token, perplexity {self.perplexity:.2f} "
-            f"({self.perplexity_increase:+.2%} of {self.reference_perplexity:.2f}), "
-            f"same first choice {self.agreement:.1%}, {self.tokens:,} tokens"
-        )
 
 
 @dataclass(frozen=True)
@@ -115,20 +81,8 @@ class GradualEvaluator:
     ) -> Measurement:
         """The same from final states (length, width) of each window that are already computed."""
         divergence, gain, agree = self._score(_quality, final, runner, reference, stride)
-        per_window = divergence.mean(axis=1)
-        spread = float(per_window.std(ddof=1)) if len(per_window) > 1 else math.nan
         nll = -reference.log_likelihood[:, ::stride].double().numpy()
-        base = _mean(nll)
-        increase = _mean(gain)
-        return Measurement(
-            damage=_mean(divergence),
-            standard_error=spread / math.sqrt(len(per_window)),
-            perplexity=math.exp(min(base + increase, 700.0)),
-            reference_perplexity=math.exp(base),
-            perplexity_increase=perplexity_increase(increase),
-            agreement=float(agree.mean()),
-            tokens=int(divergence.size),
-        )
+        return summary(divergence, gain, agree, nll, reference.by_domain())
 
     def log_ratios(self, candidate: Any, *, split: str = "certification", windows: slice = slice(None)) -> np.ndarray:
         """ln p_reference - ln p_candidate of each next token, float64 (windows, length - 1)."""
@@ -142,33 +96,51 @@ class GradualEvaluator:
         max_perplexity_increase: float,
         *,
         confidence: float = 0.95,
+        budgets: Mapping[str, float] | None = None,
         keep: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda _, work: work(),
     ) -> certificate.Certificate:
-        """Prove on held-out documents that a candidate's perplexity increase is within the budget.
+        """Prove on held-out documents that a candidate's perplexity increase is within the budget in every domain.
 
         Parameters
         ----------
         candidate : model, or a BlockRunner over one
         max_perplexity_increase : relative, 0.05 = 5 %
         confidence : one-sided
+        budgets : {domain: relative increase allowed there instead}
         keep : called with a name and the work that measures some windows; returns its result, or that of an earlier run
 
         Returns
         -------
-        certificate.Certificate; text is drawn in a few looks until the answer is clear or the text ends.
+        certificate.Certificate; text of each domain is drawn in a few looks until the answer is clear or it ends. Of
+        several domains it is what `by_domain.together` makes of theirs.
         """
-        text = self.context.text.certification
+        text = self.context.text
 
-        def measure(first: int, last: int) -> np.ndarray:
-            return self.log_ratios(candidate, windows=slice(first, last)).mean(axis=1)
+        control = control_tokens(self.context.tokenizer)
 
-        return certificate.certify(
-            lambda first, last: keep(f"windows {first} to {last}", lambda: measure(first, last)),
-            [text.ids.shape[1] - 1] * len(text.ids),
-            text.document.numpy(),
-            budget=budget_nats(max_perplexity_increase),
-            confidence=confidence,
-            text=str(self.context.text.report["source"]),
+        def prove(name: str, first: int, last: int) -> certificate.Certificate:
+            documents, seen = text.certification.document[first:last].numpy(), []
+
+            def measure(a: int, b: int) -> np.ndarray:
+                rows = slice(first + a, first + b)
+                work = partial(self._certified, candidate, rows, list(control.values()))
+                seen.append(keep(f"windows {first + a} to {first + b}", work))
+                return seen[-1][0].mean(axis=1)
+
+            found = certificate.certify(
+                measure,
+                [text.certification.ids.shape[1] - 1] * (last - first),
+                documents,
+                budget=budget_nats((budgets or {}).get(name, max_perplexity_increase)),
+                confidence=confidence,
+                text=str(text.report["source"]) if len(text.domains) == 1 else name,
+            )
+            gain, changed, *mass = np.concatenate(seen, axis=1)
+            pairs = dict(zip(control, zip(mass[::2], mass[1::2], strict=True), strict=True))
+            return replace(found, tails=tails(gain, changed, pairs, documents[: len(gain)], confidence))
+
+        return by_domain.together(
+            {name: prove(name, *span) for name, span in _spans(text).items()}, str(text.report["source"]), text.domains
         )
 
     def comprehensive_evaluation(
@@ -183,6 +155,14 @@ class GradualEvaluator:
         return Evaluation(self.measure(target, split="certification"), memory, proof)
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _certified(self, candidate: Any, windows: slice, control: list[list[int]]) -> np.ndarray:
+        """(2 + 2 kinds, windows, length - 1): ln p_ref - ln p_q, 1 where the first choice changed, and the probability
+        of each kind of control tokens by the reference and the candidate."""
+        part = self.context.reference("certification", windows)
+        runner = self._runner(candidate)
+        judge = partial(_proof, control)
+        return np.stack(self._score(judge, self.context.final_states(runner, part.windows), runner, part, 1))
 
     def _runner(self, candidate: Any) -> blocks.BlockRunner:
         if candidate is None or candidate is self.context.model:
@@ -239,6 +219,28 @@ def _quality(base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Ten
     return np.asarray(bitween.kl_divergence(base, logits)), *gain, same.numpy()
 
 
+def _proof(
+    control: list[list[int]], base: torch.Tensor, logits: torch.Tensor | None, targets: torch.Tensor, known: np.ndarray
+) -> tuple:
+    """(ln p_ref - ln p_q, another first choice, p_ref and p_q of each kind of control tokens)."""
+    gain = _gain(base, logits, targets, known)
+    before = _mass(base, control)
+    if logits is None:
+        lost = np.zeros(len(targets))
+        return *gain, np.ones(len(targets)), *(part for mass in before for part in (mass, lost))
+    changed = (base.argmax(-1) != logits.argmax(-1)).numpy()
+    both = zip(before, _mass(logits, control), strict=True)
+    return *gain, changed, *(part for pair in both for part in pair)
+
+
+def _mass(logits: torch.Tensor, control: list[list[int]]) -> list[np.ndarray]:
+    """Probability of each set of tokens together (rows,)."""
+    if not control:
+        return []
+    total = torch.logsumexp(logits.float(), -1)
+    return [(torch.logsumexp(logits[:, ids].float(), -1) - total).exp().numpy() for ids in control]
+
+
 class _HeadChange:
     """Logits of a candidate as the reference's plus what the candidate changes."""
 
@@ -271,6 +273,8 @@ def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Te
     return delta if delta.any() else None
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean in float64 by one thread, so that decisions do not depend on the number of threads."""
-    return float(np.mean(values, dtype=np.float64))
+def _spans(text: Splits) -> dict[str, tuple[int, int]]:
+    """First and last + 1 of each domain's windows of certification, which stand together."""
+    domain = text.certification.domain.numpy()
+    found = {name: np.flatnonzero(domain == place) for place, name in enumerate(text.domains)}
+    return {name: (int(rows[0]), int(rows[-1]) + 1) for name, rows in found.items() if len(rows)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
 from bitween.store.opening import check_dtype, open_model
 from bitween.store.writing import writable
-from bitween.text import sources
+from bitween.text import mix
 from bitween.text.calibration import Splits
 from bitween.text.examples import is_inputs
 
@@ -66,11 +66,16 @@ class GradualQuantizer:
     max_perplexity_increase : relative, 0.05 = 5 %
     safety_multiplier : >= 1; how many budgets a stage may be predicted at and still be tried. Acceptance is
         never loosened.
-    calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most
+    calibration_samples, evaluation_samples : windows of text for calibration and for the proof, at most; of several
+        domains the proof takes 8 of each at least, as fewer bound nothing
     calibration_data : path, text, list of strings, (windows, length) token ids, name of a data set, or a data set,
-        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); default the text that comes
-        with bitween. Of models of images, sounds and anything else examples of their inputs: a DataLoader, a data set,
-        dicts or tensors (`bitween.text.examples`)
+        DataLoader, generator, encoded batches or chats (`bitween.text.sources.resolve`); or {name: any of these, or
+        None for the shipped domain of that name}; default the text that comes with bitween, six domains. Of models of
+        images, sounds and anything else examples of their inputs: a DataLoader, a data set, dicts or tensors
+        (`bitween.text.examples`)
+    domains : names of the domains of text that count, default all: windows are dealt out to them in equal shares, and
+        the budget must hold in each; or {name: largest relative increase allowed there, None for
+        `max_perplexity_increase`}
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
@@ -123,6 +128,7 @@ class GradualQuantizer:
         export_target: str = "any",
         seed: int = 0,
         *,
+        domains: Iterable[str] | Mapping[str, float | None] | None = None,
         max_damage: float | None = None,
         metric: Callable[[Any], Any] | None = None,
         max_metric_drop: float | None = None,
@@ -187,8 +193,13 @@ class GradualQuantizer:
         if not self.schemes:
             raise ValueError(f"schemes: expected at least one that {export_target} runs; got none")
         check_own_weights(model)
-        self.layout, reason = self._find_layout(calibration_data)
-        self.calibration_data = calibration_data if reason else sources.checked(calibration_data, tokenizer)
+        self.layout, reason = self._find_layout(calibration_data if domains is None else None)
+        self.calibration_data = calibration_data
+        if reason and domains is not None:
+            raise ValueError(f"domains: expected None, as {reason}; got {domains!r}")
+        self.text = mix.Mix({}) if reason else mix.checked(calibration_data, domains, tokenizer)
+        if len(self.text.sources) == 1 and self.text.budgets:  # the only domain's budget is the run's
+            self.max_perplexity_increase = next(iter(self.text.budgets.values()))
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
         blocks.check_finite(model)
         self._spill.let_go()
@@ -246,7 +257,9 @@ class GradualQuantizer:
                 progress=self.progress,
             )
             front = frontier(self.sizes.plannable(to_items(scores), context))
-            descent = Descent(front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier)
+            descent = Descent(
+                front, self._realiser(optimizer, recorder), self.budget, self.safety_multiplier, budgets=self.budgets
+            )
             rules = {"on_conflict": self.on_conflict, "budget": "perplexity budget"}
             words = f"perplexity budget of {self.max_perplexity_increase:.1%}"
             walk = partial(descend, descent, self.sizes, stages=self.stages, words=words, **rules)
@@ -298,6 +311,11 @@ class GradualQuantizer:
         if self._whole is not None:
             return self._whole.budget.limit
         return budget_nats(self.max_perplexity_increase)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The same, of the domains that have a budget of their own."""
+        return {name: budget_nats(increase) for name, increase in self.text.budgets.items()}
 
     def get_quantization_report(self) -> QuantizationReport:
         """The report of the last `quantize`."""
@@ -385,11 +403,12 @@ class GradualQuantizer:
             self.model,
             self.layout,
             self.tokenizer,
-            calibration_data=self.calibration_data,
+            calibration_data=self.text,
             calibration_samples=self.calibration_samples,
             evaluation_samples=self.evaluation_samples,
             length=self.sequence_length,
             seed=self.seed,
+            bounded=self.certify,
         )
 
     def _open_journal(self, context: RunContext) -> NullJournal:
@@ -401,6 +420,7 @@ class GradualQuantizer:
         options = {name: getattr(self, name) for name in names} | {
             "export_target": self.target.name,
             "one_pass": self.memory_need.one_pass,
+            "domains": {name: self.text.budgets.get(name) for name in self.text.sources},
         }
         text = {split: getattr(context.text, split).ids for split in ("calibration", "selection", "certification")}
         return Journal.open(self.journal, identity_of(self.model, text, options), self.resume)
@@ -427,7 +447,8 @@ class GradualQuantizer:
         def realise(name: str, plan: Plan) -> Realisation:
             self._tell(story.attempt, name, plan.nbytes, plan.damage, self.budget)
             found = optimizer.realise(plan.schemes, stage=name, recorder=recorder)
-            self._tell(story.result, found.measurement, self.max_perplexity_increase)
+            held = found.measurement.nats(self.budget, self.budgets) <= self.budget
+            self._tell(story.result, found.measurement, self.max_perplexity_increase, held)
             recorder.decision(f"stage {name}", {"nbytes": plan.nbytes, "damage": str(found.measurement.damage)})
             return found
 
@@ -450,6 +471,7 @@ class GradualQuantizer:
             optimizer.runner,
             self.max_perplexity_increase,
             confidence=self.confidence,
+            budgets=self.text.budgets,
             keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
         )
         self._tell(story.proof, proof)
@@ -467,6 +489,7 @@ class GradualQuantizer:
             "confidence": self.confidence,
             "on_conflict": self.on_conflict,
             "export_target": self.target.name,
+            "domains": {n: self.text.budgets.get(n, self.max_perplexity_increase) for n in self.text.sources},
             "method": self.method,
             "seed": self.seed,
             "average_bits": 8 * chosen.nbytes / weights,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 import bitween
@@ -14,7 +15,7 @@ from bitween.model import blocks
 from bitween.model.attachments import check_own_weights
 from bitween.model.experts import unfolded
 from bitween.model.spill import Spill
-from bitween.text import calibration
+from bitween.text import calibration, mix
 
 __all__ = ["Reference", "RunContext", "cut_text"]
 
@@ -31,11 +32,20 @@ class Reference:
     final : float32 (length, width) of each window, what enters the head: logits are recomputed from it when needed,
         since they would take vocabulary / width times the memory
     log_likelihood : float32 (windows, length - 1), ln p of each next token
+    domain, domains : int64 (windows,), places of the windows' kinds of text in these names
     """
 
     windows: torch.Tensor
     final: Sequence[torch.Tensor]
     log_likelihood: torch.Tensor
+    domain: torch.Tensor | None = None
+    domains: tuple[str, ...] = ("text",)
+
+    def by_domain(self) -> dict[str, np.ndarray]:
+        """{domain: indices of its windows}; empty where there is one domain only."""
+        if self.domain is None or len(self.domains) < 2:
+            return {}
+        return {name: np.flatnonzero(self.domain.numpy() == place) for place, name in enumerate(self.domains)}
 
 
 def cut_text(
@@ -44,24 +54,35 @@ def cut_text(
     tokenizer: Any,
     *,
     calibration_data: Any = None,
+    domains: Any = None,
     calibration_samples: int = 100,
     evaluation_samples: int = 200,
-    selection_samples: int = 8,
+    selection_samples: int | None = None,
     length: int = 512,
     seed: int = 0,
+    bounded: bool = True,
 ) -> calibration.Splits:
-    """Text for a model. Sample counts are windows of `length` tokens, at most, or of what the model takes."""
+    """Text for a model: `calibration_data` and `domains` are what `mix.checked` takes, or the Mix that it gave.
+
+    Sample counts are windows of `length` tokens, at most, or of what the model takes, of all domains together; left
+    out, 8 windows are for selection, or two of each domain where that is more. With `bounded`, a domain too small for a
+    bound is refused.
+    """
+    data = (
+        calibration_data if isinstance(calibration_data, mix.Mix) else mix.checked(calibration_data, domains, tokenizer)
+    )
     limit = getattr(model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and limit > 0:
         length = min(length, limit)
-    return calibration.prepare(
+    return mix.prepare(
         tokenizer,
-        calibration_data,
+        data,
         length=length,
-        calibration=calibration_samples,
-        selection=selection_samples,
+        calibration_windows=calibration_samples,
+        selection=max(8, 2 * len(data.sources)) if selection_samples is None else selection_samples,
         certification=evaluation_samples,
         seed=seed,
+        bounded=bounded,
         vocabulary=layout.embedding.shape[0],
     )
 
@@ -124,7 +145,8 @@ class RunContext:
             for i, states in zip(missing, self.final_states(self.runner, ids[missing]), strict=True):
                 known[i] = states, self._likelihood(ids[i], states)
         final, likelihood = zip(*(known[i] for i in wanted), strict=True)
-        return Reference(ids[windows], final, torch.stack(likelihood))
+        domain = getattr(self.text, split).domain[windows]
+        return Reference(ids[windows], final, torch.stack(likelihood), domain, self.text.domains)
 
     def batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Windows in batches of about 2,048 tokens."""

@@ -89,7 +89,7 @@ def _cards(report: dict[str, Any]) -> str:
         ("width", f"{t['average_bits']:.2f} bits", "a weight, scales and zeros included", None),
     ]  # fmt: skip
     if c:  # the proof comes first: the selection text steered the search, so that its numbers flatter
-        found, bound = (math.expm1(min(c[key], 700.0)) for key in ("increase", "bound"))
+        found, bound = (math.inf if c[key] is None else math.expm1(min(c[key], 700.0)) for key in ("increase", "bound"))
         note = f"at most {bound:+.2%} with {t['confidence']:.0%} confidence; budget +{t['perplexity_increase']:.1%}: "
         card = ("perplexity, held-out text", f"{found:+.2%}", note + c["verdict"], c["verdict"] == "accepted")
         cards.insert(0, card)
@@ -169,7 +169,30 @@ def _certificate(report: dict[str, Any]) -> str:
     c = report.get("certificate")
     if not c:
         return ""
-    return f"<section><h2>The proof</h2>{escape(c['text_line'])}</section>"
+    parts = c.get("domains") or {}
+    if not parts:
+        return f"<section><h2>The proof</h2>{escape(c['text_line'])} {escape(_tails(c))}</section>"
+    rows = [
+        [(name, None), *(_share(part[key]) for key in ("perplexity_increase", "perplexity_bound", "perplexity_budget")),
+         (f"{part['tokens']:,}", part["tokens"]), (part["verdict"], None), (_tails(part), None)]
+        for name, part in parts.items()
+    ]  # fmt: skip
+    columns = ["domain", "perplexity", "at most", "budget", "tokens", "verdict", "beside the mean"]
+    return f"<section><h2>The proof</h2>{escape(c['text_line'])}{_table(columns, rows)}</section>"
+
+
+def _share(value: float | None) -> tuple[str, float]:
+    """A cell; None stands for infinity, which JSON lacks."""
+    return ("∞", 1e9) if value is None else (f"{value:+.2%}", value)
+
+
+def _tails(part: dict[str, Any]) -> str:
+    """The bounds beside the mean's in one line."""
+    shown = []
+    for tail in part.get("tails") or ():
+        number = "{:.3f} nats" if tail["unit"] == "nats" else "{:.2%}"
+        shown.append(f"{tail['name']} at most {'∞' if tail['bound'] is None else number.format(tail['bound'])}")
+    return "; ".join(shown)
 
 
 def _layers(report: dict[str, Any]) -> str:

@@ -116,6 +116,7 @@ class QuantizationReport:
             f"  memory    {m.original_total / 2**20:,.1f} → {m.total / 2**20:,.1f} MiB (−{m.reduction:.1%}), "
             f"{self.average_bits:.2f} bits per weight over all layers, plain numbers in {m.dtype or 'their own dtype'}",
             f"  proof     {self.proof}",
+            *self._domain_lines(),
             f"  selection {self._selection()}",
             f"  schemes   {self._schemes()}",
             *self._stage_lines(),
@@ -163,12 +164,28 @@ class QuantizationReport:
             return self.quality["value"] / self.quality["reference"] - 1
         if self.certificate is None:
             return self.quality["perplexity_increase"]
-        return math.expm1(min(self.certificate["increase"], 700.0))
+        increase = self.certificate["increase"]  # None: not finite, as JSON has no infinity
+        return math.inf if increase is None else math.expm1(min(increase, 700.0))
 
     @property
     def proof(self) -> str:
         """The certificate in one line."""
         return self.certificate["text_line"] if self.certificate else "none asked for"
+
+    def _domain_lines(self) -> list[str]:
+        """A row of the proof for each domain."""
+        parts = (self.certificate or {}).get("domains") or {}
+        lines = []
+        for name, part in parts.items():
+            found, bound, budget = (
+                math.inf if part[f"perplexity_{key}"] is None else part[f"perplexity_{key}"]
+                for key in ("increase", "bound", "budget")
+            )
+            lines.append(
+                f"    {name:12s}{found:+7.2%}, at most {bound:+.2%} of {budget:+.1%}: {part['verdict']} "
+                f"({part['tokens']:,} tokens)"
+            )
+        return lines
 
     def _schemes(self) -> str:
         counts = Counter(self.plan.values())

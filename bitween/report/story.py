@@ -40,8 +40,9 @@ def begin(layout: Any, sizes: Any, increase: float, budget: float) -> str:
 def text(splits: Any) -> str:
     """What each part of the text is for."""
     counts = {name: len(getattr(splits, name)) for name in ("calibration", "selection", "certification")}
+    kinds = f" of {len(splits.domains)} domains ({', '.join(splits.domains)})" if len(splits.domains) > 1 else ""
     return (
-        f"Text: {counts['calibration']} windows to learn from, {counts['selection']} to steer by, and "
+        f"Text{kinds}: {counts['calibration']} windows to learn from, {counts['selection']} to steer by, and "
         f"{counts['certification']} that only the proof will see; no document is in two of them."
     )
 
@@ -73,13 +74,17 @@ def attempt(name: str, nbytes: int, damage: float, budget: float) -> str:
     )
 
 
-def result(measurement: Any, increase: float) -> str:
+def result(measurement: Any, increase: float, held: bool) -> str:
     """What was measured, and what follows."""
-    held = measurement.perplexity_increase <= increase
-    follows = "it holds" if held else f"more than {increase:.1%}, so it is taken back"
+    follows = "it holds" if held else "more than its budget, so it is taken back"
+    if not measurement.domains:
+        follows = "it holds" if held else f"more than {increase:.1%}, so it is taken back"
+        found = f"perplexity {measurement.perplexity_increase:+.2%}"
+    else:
+        name, worst = max(measurement.domains.items(), key=lambda item: item[1].perplexity_increase)
+        found = f"perplexity {measurement.perplexity_increase:+.2%}, {worst.perplexity_increase:+.2%} in {name}"
     return (
-        f"Measured: {measurement.damage:.4f} nats, perplexity {measurement.perplexity_increase:+.2%}, same first "
-        f"choice {measurement.agreement:.1%}: {follows}."
+        f"Measured: {measurement.damage:.4f} nats, {found}, same first choice {measurement.agreement:.1%}: {follows}."
     )
 
 

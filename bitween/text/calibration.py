@@ -1,6 +1,7 @@
 """Token windows for calibration, selection and certification, kept apart by document."""
 
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass, field
 from operator import index
@@ -9,11 +10,12 @@ import torch
 
 from bitween.text import sources
 from bitween.text.documents import describe, load_documents
+from bitween.text.repeats import Repeats
 
-__all__ = ["Splits", "TokenWindows", "load_documents", "prepare"]
+__all__ = ["SPLITS", "Splits", "TokenWindows", "load_documents", "prepare"]
 
 SPLITS = ("calibration", "selection", "certification")
-_SECTION = 8  # windows that one document gives before the others have had their turn
+_SECTION = 8  # windows, at most, that one document gives before the others have had their turn
 _PIECES = 16  # into about how many pieces a text without documents is cut, if it is short
 _FEWEST_DOCUMENTS = len(SPLITS)
 
@@ -27,10 +29,17 @@ class TokenWindows:
     ids : LongTensor (n, length)
     document : LongTensor (n,)
         The document each window is from (the first one, where short documents were joined).
+    domain : LongTensor (n,)
+        The domain it is of, a place in `Splits.domains`; left out, all are of the first.
     """
 
     ids: torch.Tensor
     document: torch.Tensor
+    domain: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.domain is None:
+            object.__setattr__(self, "domain", torch.zeros(len(self.ids), dtype=torch.long))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,13 +55,15 @@ class Splits:
     """Windows for three uses; no document serves two of them.
 
     `report` says what was asked and what was found: source, seed, length, documents, and per split the windows asked
-    for, the windows, documents and tokens there are; and the warnings given.
+    for, the windows, documents and tokens there are; and the warnings given. `domains` are the names of the kinds of
+    text that windows are of.
     """
 
     calibration: TokenWindows
     selection: TokenWindows
     certification: TokenWindows
     report: dict
+    domains: tuple[str, ...] = ("text",)
 
 
 @dataclass
@@ -103,14 +114,16 @@ def prepare(
     seed: int = 0,
     context: int | None = None,
     vocabulary: int | None = None,
+    repeats: Repeats | None = None,
+    domain: str | None = None,
 ) -> Splits:
     """Cut text into token windows for three uses that share no document.
 
-    Documents are shuffled by a generator of this call's own and dealt out so that the splits fill evenly; each gives
-    at most eight windows before all others have had their turn. A window never crosses the border of a document,
-    unless documents are shorter than a window: those of one split are joined. A text of fewer than three documents is
-    cut into contiguous pieces with gaps, and the pieces count as documents. Where the tokenizer begins a text with a
-    token of its own (BOS), every window begins with it.
+    Documents are shuffled by a generator of this call's own and dealt out so that the splits fill evenly; each gives as
+    few windows as will do, at most eight, before all others have had their turn. A window never crosses the border of a
+    document, unless documents are shorter than a window: those of one split are joined. A text of fewer than three
+    documents is cut into contiguous pieces with gaps, and the pieces count as documents. Where the tokenizer begins a
+    text with a token of its own (BOS), every window begins with it.
 
     Parameters
     ----------
@@ -129,17 +142,22 @@ def prepare(
         The longest input of the model; a larger `length` is refused.
     vocabulary : int, optional
         Rows of the model's embedding; token ids from there on are refused.
+    repeats : Repeats, optional
+        Documents of other domains, dealt out before: one that says the same again is refused.
+    domain : str, optional
+        The name of this text among several, for messages.
 
     Raises
     ------
     TypeError, ValueError
         A wrong argument; no text; a tokenizer missing; text too short to fill one window of each split; token ids
-        outside the vocabulary.
+        outside the vocabulary; a document that repeats one of another domain.
 
     Warns
     -----
     UserWarning
-        There are fewer windows than asked for, or some were left out. The report says so too.
+        There are fewer windows than asked for, or some were left out, as are documents that repeat most of another. The
+        report says so too.
     """
     wanted = {"calibration": calibration, "selection": selection, "certification": certification}
     wanted = {name: _integer(name, count, 0) for name, count in wanted.items()}
@@ -155,13 +173,16 @@ def prepare(
     else:
         texts = _Texts(source, tokenizer, length, notes)
     splits = [_Split(name, count) for name, count in wanted.items()]
-    _deal(texts, splits, seed)
-    _check(splits, texts, source)
+    again = _deal(texts, splits, seed, repeats or Repeats(), domain)
+    if again:
+        notes.append(f"{again} documents repeat most of another and are left out")
+    where = "calibration_data" if domain is None else f"calibration_data: domain {domain!r}"
+    _check(splits, texts, source, where)
     for split in splits:
         if not split.full:
             notes.append(f"{split.name}: {len(split.windows)} windows of {split.wanted} asked for")
     for note in notes:
-        warnings.warn(f"calibration_data ({describe(source)}): {note}", stacklevel=2)
+        warnings.warn(f"{where} ({describe(source)}): {note}", stacklevel=2)
     ready = {split.name: _freeze(split, texts, vocabulary) for split in splits}
     return Splits(**ready, report=_report(ready, wanted, texts, source, seed, notes))
 
@@ -268,29 +289,44 @@ def _cut_into_pieces(texts: list[list[int]], size: int) -> list[list[int]]:
     return [tokens[start : start + windows * size] for tokens in texts for start in range(0, len(tokens), step)]
 
 
-def _deal(texts, splits: list[_Split], seed: int) -> None:
-    """Give each document to the split that is least filled; then the rest of long ones to their owner."""
+def _deal(texts, splits: list[_Split], seed: int, repeats: Repeats, domain: str | None) -> int:
+    """Give each document to the split that is least filled; then the rest of long ones to their owner.
+
+    Returns the number of documents that were left out as they repeat most of another.
+    """
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    limit, owner = _SECTION * texts.size, {}
+    turns = min(_SECTION, max(1, math.ceil(sum(split.wanted for split in splits) / len(texts))))
+    limit, owner, again = turns * texts.size, {}, 0
     for i in order:
         open_splits = [split for split in splits if not split.full]
         if not open_splits:
-            return
+            return again
+        tokens = texts.tokens(i)
+        original = repeats.original(tokens, (domain, i))
+        if original is not None:
+            if original[0] != domain:
+                raise ValueError(
+                    f"calibration_data: expected domains without common text; document {i} of {domain!r} repeats most "
+                    f"of document {original[1]} of {original[0]!r}. Leave one of the two out"
+                )
+            again += 1
+            continue
         owner[i] = min(open_splits, key=lambda split: split.filled(texts.size))
-        owner[i].add(texts.tokens(i)[:limit], i, texts.size, texts.separator)
-    for i in order:
+        owner[i].add(tokens[:limit], i, texts.size, texts.separator)
+    for i in owner:
         rest = texts.tokens(i)[limit:]
         if len(rest) >= texts.size and not owner[i].full:
             owner[i].add(rest, i, texts.size, texts.separator)
+    return again
 
 
-def _check(splits: list[_Split], texts, source) -> None:
+def _check(splits: list[_Split], texts, source, where: str) -> None:
     missing = [split for split in splits if split.wanted and not split.windows]
     if missing:
         usable, wanted = (sum(f(split) for split in splits) for f in (lambda s: len(s.windows), lambda s: s.wanted))
         tokens = sum(len(texts.tokens(i)) for i in range(len(texts)))
         raise ValueError(
-            f"calibration_data: {usable} of {wanted} windows of {texts.length} tokens usable, none for "
+            f"{where}: {usable} of {wanted} windows of {texts.length} tokens usable, none for "
             f"{' and '.join(split.name for split in missing)}; got {describe(source)} with {tokens} tokens in "
             f"{len(texts)} documents. Give more text or a smaller length"
         )

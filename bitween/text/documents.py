@@ -4,12 +4,12 @@ import gzip
 import json
 import re
 import sys
-from importlib import import_module, resources
+from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
 
-from bitween.text import sources
+from bitween.text import shipped, sources
 
 SUFFIXES = (".txt", ".md", ".json", ".jsonl")
 
@@ -29,7 +29,7 @@ def load_documents(source=None) -> list[str]:
     Parameters
     ----------
     source : None, path, str or sequence of str
-        None: the English text that ships with bitween (`bitween/text/data/README.md` tells its origin).
+        None: the text that ships with bitween, all domains (`bitween/text/data/README.md` tells their origin).
         A path to a .txt, .md, .json or .jsonl file, each also gzipped (.gz). JSON holds a list, JSON Lines one
         item a line; an item is a string or an object with a string "text".
         A list of strings: one document each.
@@ -52,7 +52,7 @@ def load_documents(source=None) -> list[str]:
         There is no such file.
     """
     if source is None:
-        rows = _read_file(Path(str(resources.files("bitween.text") / "data" / "text.jsonl.gz")))
+        return [text for domain in shipped.DOMAINS for text in shipped.documents(domain)]
     elif isinstance(source, str) and sources.is_text(source):
         rows = [source]
     elif isinstance(source, str | PathLike) and Path(source).is_dir():

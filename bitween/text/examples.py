@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitween.text.mix import is_domains
+
 __all__ = ["Example", "ExampleSplits", "Signature", "gather", "is_inputs", "split"]
 
 _LEAST = 3  # one for each use
@@ -90,7 +92,7 @@ def is_inputs(source: Any, *, encoded: bool = False) -> bool:
     if isinstance(source, torch.Tensor | np.ndarray):
         return torch.as_tensor(source).is_floating_point()
     if isinstance(source, Mapping):
-        if any(isinstance(value, str) for value in source.values()) or "messages" in source:
+        if is_domains(source) or any(isinstance(value, str) for value in source.values()) or "messages" in source:
             return False
         return bool(set(source) - only_text)
     columns = getattr(source, "column_names", None)

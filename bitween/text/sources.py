@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["TokenLists", "checked", "is_text", "resolve"]
+__all__ = ["ChatTemplateError", "TokenLists", "checked", "is_text", "resolve", "written"]
 
 _MOST_ITEMS = 100_000  # taken of what may never end
 _LONGEST_NAME = 1000  # a longer string is no path
@@ -25,6 +25,10 @@ _GATHERED = "expected a path, text, a list of strings, token windows, a data set
 
 class TokenLists(list):
     """Documents that are tokens already: a list of lists of int, of any lengths."""
+
+
+class ChatTemplateError(ValueError):
+    """A tokenizer's chat template, which is a program that came with it, failed; the message says how."""
 
 
 def is_text(source: str) -> bool:
@@ -177,18 +181,26 @@ def _token_rows(ids: Any, i: int, mask: Any = None) -> list[list[int]]:
 
 
 def _written(messages: Any, i: int, tokenizer: Any) -> str:
-    """A chat as its template writes it, without the token that begins every window anyhow."""
+    """A chat as its template writes it, or an error that names the item."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"calibration_data: item {i} is a chat, and the tokenizer has no chat template to write it down; got "
             f"{type(tokenizer).__name__}: set tokenizer.chat_template, or give texts"
         )
     try:
+        return written(messages, tokenizer)
+    except ChatTemplateError as error:
+        raise ValueError(f"calibration_data: item {i}: the tokenizer's chat template refused it: {error}") from error
+
+
+def written(messages: Any, tokenizer: Any) -> str:
+    """A chat as the tokenizer's template writes it, without the token that begins every window anyhow."""
+    try:
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
-    except Exception as error:  # of the template, which is a program that came with the tokenizer
-        raise ValueError(
-            f"calibration_data: item {i}: the tokenizer's chat template refused it: {type(error).__name__}: {error}"
-        ) from error
+    except Exception as error:  # whatever a template may raise
+        raise ChatTemplateError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(text, str) or not text.strip():
+        raise ChatTemplateError(f"it wrote nothing; expected text, got {text!r}")
     return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitween.gradual.descent import Descent
+from bitween.gradual.measurement import Measurement
 from bitween.gradual.plan.items import Item, Option
 from bitween.gradual.plan.planner import frontier
 
@@ -26,7 +27,7 @@ def make(real, budget=BUDGET, seed=0):
 
     def realise(name, plan):
         damage = real(plan.damage)
-        measured = SimpleNamespace(damage=damage, spent=damage, to_dict=dict)
+        measured = Measurement(damage, 0.0, 10.0, 10.0, math.expm1(damage), 1.0, 100)
         return SimpleNamespace(measurement=measured, seconds=0.0)
 
     return Descent(frontier(items), realise, budget)

@@ -60,8 +60,8 @@ def test_default_text_ships_and_is_large_and_varied():
     assert sum(map(len, documents)) > 1_200_000
     assert len(set(documents)) == len(documents)
     text = "".join(documents)
-    assert sum(c.isascii() for c in text) / len(text) > 0.99
-    for phrase in ("Guinea-Bissau", "SQLite", "hacker", "Elinor", "Rays of Light"):
+    assert sum(c.isascii() for c in text) / len(text) > 0.98
+    for phrase in ("Guinea-Bissau", "SQLite", "hacker", "Elinor", "Rays of Light", "func ", "serveur", "User: "):
         assert phrase in text
 
 
@@ -248,7 +248,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 
 def test_report():
     report = make(book()).report
-    assert report["splits"]["certification"] == {"asked": 30, "windows": 30, "documents": 4, "tokens": 300}
+    assert report["splits"]["certification"] == {"asked": 30, "windows": 30, "documents": 6, "tokens": 300}
     assert report["documents"] == 12
     assert report["length"] == 10
     assert report["warnings"] == []

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
-from bitween.gradual.evaluator import Measurement
 from bitween.gradual.importance_analyzer import ImportanceReport
 from bitween.gradual.journal.journal import NullJournal
+from bitween.gradual.measurement import Measurement
 from bitween.gradual.scores.fisher import LayerScores
 from bitween.model import blocks
 from bitween.quantized_tensor import QuantizedTensor
@@ -126,8 +125,7 @@ class PlanSteps:
 
     def measurement(self, work: Callable[[], Measurement], name: str = "measured") -> Measurement:
         """How the plan as a whole did on the selection text."""
-        values = self.array(name, lambda: np.array(astuple(work()), np.float64)).tolist()
-        return Measurement(*values[:-1], tokens=int(values[-1]))
+        return Measurement.from_arrays(self.arrays(name, lambda: work().to_arrays()))
 
     def array(self, name: str, work: Callable[[], np.ndarray]) -> np.ndarray:
         """One array of numbers that belongs to the plan."""
