@@ -18,7 +18,7 @@ from bitween.quantized_tensor import QuantizedTensor, as_input, mode_number
 from bitween.scheme import Scheme
 
 if TYPE_CHECKING:
-    from bitween.layers.embedding import QuantizedEmbedding
+    pass
 
 __all__ = ["QuantizedLinear", "set_matmul_mode"]
 
@@ -134,9 +134,10 @@ class QuantizedLinear(Packed):
         return cls.empty(cols, rows, scheme, module.bias is not None, weight.dtype, weight.device)
 
     @staticmethod
-    def tied_to(embedding: QuantizedEmbedding, bias: torch.Tensor | None = None) -> QuantizedLinear:
-        """A head on the memory of an embedding: nothing is stored twice, and `state_dict` holds it once."""
-        return _TiedLinear(embedding, bias)
+    def tied_to(owner: Packed, bias: torch.Tensor | None = None) -> QuantizedLinear:
+        """A head on the memory of an embedding, or a layer on that of another: nothing is stored twice, and
+        `state_dict` holds it once."""
+        return _TiedLinear(owner, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if by_torch_alone(x):
@@ -187,11 +188,11 @@ class QuantizedLinear(Packed):
 
 
 class _TiedLinear(QuantizedLinear):
-    """A linear layer that reads its weight from an embedding, which owns it."""
+    """A linear layer that reads its weight from an embedding or another layer, which owns it."""
 
-    def __init__(self, embedding: QuantizedEmbedding, bias: torch.Tensor | None) -> None:
-        self.__dict__["_owner"] = embedding  # not a submodule: the weight belongs to one module only
-        super().__init__(embedding.quantized, bias, embedding.dtype)
+    def __init__(self, owner: Packed, bias: torch.Tensor | None) -> None:
+        self.__dict__["_owner"] = owner  # not a submodule: the weight belongs to one module only
+        super().__init__(owner.quantized, bias, owner.dtype)
 
     def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
         """Holds nothing: the owner is asked."""

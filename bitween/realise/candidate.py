@@ -137,16 +137,23 @@ class Candidate:
         if layer.kind in ("embedding", "table"):
             marks = {"padding_idx": module.padding_idx, "scale": stored_scale(module)}
             table = QuantizedEmbedding.from_quantized(tensor, dtype=dtype, **marks)
+        first: torch.nn.Module | None = None
         for name in (layer.name, *layer.shared):
             old = self._modules[name]
+            if first is not None and old is module:  # one module under two names
+                self.model.set_submodule(name, first)
+                continue
             bias = getattr(old, "bias", None)
             bias = None if bias is None else bias.detach().to(dtype)
             if blocks.kind_of(old) == "embedding" and table is not None:
                 packed = table if name == layer.name else QuantizedEmbedding.tied_to(table)
             elif table is not None:
                 packed = QuantizedLinear.tied_to(table, bias)
+            elif first is not None:
+                packed = QuantizedLinear.tied_to(first, bias)
             else:
                 packed = QuantizedLinear.from_quantized(tensor, bias=bias, dtype=dtype)
+            first = packed if first is None else first
             self.model.set_submodule(name, packed.train(old.training))
 
     def _tie_again(self) -> None:

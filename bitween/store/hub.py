@@ -234,16 +234,16 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
         if new is None:
             kind = type(old).__name__
             raise CheckpointError(f"expected a linear layer or an embedding to quantize; got {kind}", tensor=name)
-        model.set_submodule(name, new.train(old.training))
-        if isinstance(new, QuantizedEmbedding):
-            for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
-                if source == f"{name}.weight":
-                    tied = target.removesuffix(".weight")
-                    use = model.get_submodule(tied)
-                    if isinstance(use, nn.Embedding):  # the table of a decoder beside the encoder's
-                        model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
-                    else:
-                        model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
+        for path in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
+            model.set_submodule(path, new.train(old.training))  # one module may stand under several names
+        for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+            if source == f"{name}.weight":
+                tied = target.removesuffix(".weight")
+                use = model.get_submodule(tied)
+                if isinstance(use, nn.Embedding):  # the table of a decoder beside the encoder's
+                    model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
+                elif use is not new:
+                    model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
     _untie(model)
 
 
