@@ -2,8 +2,8 @@
 
     python examples/demo.py MODEL_DIR OUTPUT_DIR
 
-Loads the model in bfloat16, asks for 70 % less memory at no more than 5 % higher perplexity, prints the report,
-saves the quantized model, loads it again and lets it write a sentence.
+Opens the model in bfloat16 from its files, asks for 60 % less memory at no more than 5 % higher perplexity in each of
+six domains of text, prints the report, saves the quantized model, loads it again and lets it write a sentence.
 """
 
 import sys
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import bitween
 from bitween.gradual import GradualQuantizer
@@ -23,12 +23,12 @@ PROMPT = "The most important thing about a good night's sleep is"
 def main(model_dir: str, output_dir: str) -> None:
     started = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 
     quantizer = GradualQuantizer(
-        model,
+        model_dir,  # its weights stay in their files until they are wanted
         tokenizer,
-        target_memory_reduction=0.7,
+        dtype=torch.bfloat16,
+        target_memory_reduction=0.6,
         max_perplexity_increase=0.05,
         calibration_samples=24,
         evaluation_samples=96,
