@@ -6,8 +6,10 @@
 set -eu
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/env"
-"$work/env/bin/pip" -q --disable-pip-version-check install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null
-"$work/env/bin/pip" -q --disable-pip-version-check install transformers==5.24.0 2>/dev/null
+pip="$work/env/bin/python -m pip -q --disable-pip-version-check install"
+cpu=https://download.pytorch.org/whl/cpu
+$pip torch==2.13.0+cpu 2>/dev/null || $pip torch==2.13.0+cpu --extra-index-url $cpu
+$pip transformers==5.24.0
 "$work/env/bin/python" - "$work" <<'P' 2>/dev/null
 import json, sys
 import transformers
