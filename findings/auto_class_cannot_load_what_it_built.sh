@@ -15,7 +15,7 @@ import json, sys
 import transformers
 from transformers import AutoModelForCausalLM, Emu3Config, Emu3TextConfig
 
-small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=64)
+small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=64, pad_token_id=0)
 model = AutoModelForCausalLM.from_config(Emu3Config(text_config=Emu3TextConfig(**small).to_dict()))
 folder = sys.argv[1] + "/model"
 model.save_pretrained(folder)
