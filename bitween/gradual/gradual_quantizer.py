@@ -26,6 +26,7 @@ from bitween.gradual.plan.memory_need import MemoryNeed, need_within
 from bitween.gradual.plan.planner import Frontier, frontier
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
+from bitween.gradual.reporting import make_report
 from bitween.gradual.scores.fisher import candidate_schemes, trellis_schemes
 from bitween.gradual.utils import budget_nats
 from bitween.gradual.whole.run import WholeRun
@@ -274,8 +275,8 @@ class GradualQuantizer:
         optimizer.restore(chosen.realisation)
         model = writable(optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1]))
         self._seconds["total"] = time.monotonic() - started
-        self._report = self._make_report(
-            model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
+        self._report = make_report(
+            self, model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
         )
         self._report.unreached_experts.extend(sorted(optimizer.realiser.unreached))
         self._report.full_precision.extend(self.sizes.full_precision())
@@ -478,42 +479,6 @@ class GradualQuantizer:
         return proof
 
     # ---- after -----------------------------------------------------------------------------------
-
-    def _make_report(
-        self, model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
-    ) -> QuantizationReport:
-        weights = sum(x.shape[0] * x.shape[1] for x in context.layout.layers)
-        targets = {
-            "memory_reduction": self.target_memory_reduction,
-            "perplexity_increase": self.max_perplexity_increase,
-            "confidence": self.confidence,
-            "on_conflict": self.on_conflict,
-            "export_target": self.target.name,
-            "domains": {n: self.text.budgets.get(n, self.max_perplexity_increase) for n in self.text.sources},
-            "method": self.method,
-            "seed": self.seed,
-            "average_bits": 8 * chosen.nbytes / weights,
-        }
-        certificate = None if proof is None else {**proof.to_dict(), "text_line": str(proof)}
-        near = None
-        if conflict:
-            points = [{"nbytes": s.nbytes, "damage": s.damage, "increase": s.increase} for s in descent.stages]
-            near = {"text": conflict, "measured": points}
-        return QuantizationReport(
-            targets=targets,
-            memory=analyze_memory(model, self.model),
-            quality=chosen.realisation.measurement.to_dict(),
-            certificate=certificate,
-            plan={x.name: str(chosen.realisation.plan.get(x.name) or "kept") for x in context.layout.layers},
-            stages=[{**stage.to_dict(), "delivered": stage is chosen} for stage in descent.stages],
-            frontier=front.points(200),
-            importance=None if importance is None else importance.to_dict(),
-            text=context.text.report,
-            transforms=transforms,
-            conflict=near,
-            uniform=uniform,
-            seconds=dict(self._seconds),
-        )
 
     def _tell(self, sentence: Any, *facts: Any) -> None:
         tell(self.progress, sentence(*facts))

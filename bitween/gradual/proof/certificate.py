@@ -490,8 +490,7 @@ def certify_in_order(
 
     Returns
     -------
-    tuple of Certificate
-        Of the candidates tested: all accepted but perhaps the last. The last accepted is the one to take.
+    tuple of Certificate : of the candidates tested, all accepted but perhaps the last; the last accepted is to be taken
     """
     certificates: list[Certificate] = []
     for measure in measures:
