@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,9 +50,9 @@ def _scale_of(embedding: nn.Embedding) -> float | None:
         name: torch.full_like(buffer, 2, device=device) if buffer is not None and buffer.is_meta else buffer
         for name, buffer in embedding._buffers.items()
     }
-    ids = torch.arange(rows, device=table.device)[None]
+    ids = torch.arange(rows, device=device)[None]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device(device):  # loaders lay models out with "meta" as the default
             got = probe(ids)
     except Exception:  # a module of another signature, as positions that count the mask: not a lookup
         return None
@@ -60,7 +61,7 @@ def _scale_of(embedding: nn.Embedding) -> float | None:
         return None
     scale = (got.double() / plain.double()).mean().item()
     close = torch.allclose(got.double(), plain.double() * scale, rtol=4 * torch.finfo(got.dtype).eps, atol=0)
-    return float(torch.tensor(scale, dtype=torch.float32)) if close and math.isfinite(scale) and scale else None
+    return float(np.float32(scale)) if close and math.isfinite(scale) and scale else None
 
 
 def stored_scale(embedding: nn.Embedding) -> float | None:

@@ -28,6 +28,11 @@ def is_plain_linear(module: nn.Linear) -> bool:
     rows, cols = module.out_features, module.in_features
     if not rows or not cols or module.weight.device.type not in ("cpu", "meta"):
         return False
+    with torch.device("cpu"), torch.no_grad():  # loaders lay models out with "meta" as the default
+        return _multiplies_only(module, rows, cols)
+
+
+def _multiplies_only(module: nn.Linear, rows: int, cols: int) -> bool:
     dtype = torch.float32 if module.weight.dtype not in (torch.float64,) else torch.float64
     weight = torch.linspace(-1.0, 1.5, rows * cols, dtype=dtype).reshape(rows, cols)
     bias = None if module.bias is None else torch.linspace(-0.5, 0.7, rows, dtype=dtype)
@@ -37,8 +42,7 @@ def is_plain_linear(module: nn.Linear) -> bool:
         probe._parameters["bias"] = nn.Parameter(bias, False)
     x = torch.linspace(-1.0, 1.0, _ROWS * cols, dtype=dtype).reshape(1, _ROWS, cols).sin()
     try:
-        with torch.no_grad():
-            got = probe(x)
+        got = probe(x)
     except Exception:  # of another signature: it takes more than what is multiplied
         return False
     expected = nn.functional.linear(x, weight, bias)

@@ -117,7 +117,7 @@ def test_sampled_rows_estimate_the_sum():
 
 def test_labels_are_drawn_from_the_models_distribution():
     p = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(20000, 4)
-    labels = _sample(p, torch.Generator().manual_seed(0))
+    labels = _sample(p, torch.rand(len(p), 1, generator=torch.Generator().manual_seed(0)))
     frequencies = torch.bincount(labels, minlength=4) / len(labels)
     torch.testing.assert_close(frequencies, p[0], atol=0.015, rtol=0)
     assert frequencies[1] == 0
