@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.architectures.checks import KEPT, SPREAD
 
-_MARK = {"ok": "✓", "bad": "✗", "none": "–"}
+_MARK = {"ok": "✓", "bad": "✗", "none": "–", "not run": "·"}
 
 
 def write(results: Path, path: Path) -> None:
@@ -18,13 +18,14 @@ def write(results: Path, path: Path) -> None:
     built = {name: result for name, result in found.items() if not result["build"].startswith("none")}
     checks = ("rtn", "gptq", "generate", "save", "gradual")
     good = {name for name, result in built.items() if all(_state(result.get(c, "")) != "bad" for c in checks)}
+    whole = {name for name in good if all(_state(built[name].get(check, "")) != "not run" for check in checks)}
     lines = [
         "# Architectures",
         "",
         f"Every type of causal language model that transformers {transformers.__version__} knows was made tiny "
         "(64 channels, four layers, random weights) and quantized: `make architectures` writes this page. Of "
         f"{len(found)} types transformers built and ran {len(built)} at this size; {len(good)} of these pass every "
-        "check.",
+        f"check that was run, {len(whole)} all five of them.",
         "",
         "- **packed**: uniform 4 bits by rounding (and by GPTQ); logits equal those of a full-precision copy that "
         f"holds the same numbers within {SPREAD:g} of their standard deviation, at least 95 % of the matrix weights "
@@ -33,21 +34,21 @@ def write(results: Path, path: Path) -> None:
         "- **save**: by `save_model` and by `save_pretrained`; loaded by bitween and by transformers, equal logits",
         "- **gradual**: `GradualQuantizer` to half the bytes",
         "",
-        "– stands where the original model itself cannot do it. Not counted as matrices to pack: "
-        + "; ".join(f"`{word}` ({reason})" for word, reason in KEPT.items())
-        + ".",
+        "– stands where the original model itself cannot do it, · where the check was left out. "
+        "Not counted as matrices to pack: " + "; ".join(f"`{word}` ({reason})" for word, reason in KEPT.items()) + ".",
         "",
         "| type | class | packed | GPTQ | generate | save | gradual |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in built.items():
-        cells = [result["rtn"].split()[0] if _state(result.get("rtn", "")) == "ok" else _MARK["bad"]]
+        uniform = result.get("rtn", "")
+        cells = [uniform.split()[0] if _state(uniform) == "ok" else _MARK[_state(uniform)]]
         cells += [_MARK[_state(result.get(check, ""))] for check in checks[1:]]
         lines.append(f"| {name} | {result['build']} | " + " | ".join(cells) + " |")
     bad = [(name, check) for name in built for check in checks if _state(built[name].get(check, "")) == "bad"]
     if bad:
         lines += ["", "## What fails", ""]
-        lines += [f"- {name}, {check}: {_said(built[name].get(check, 'did not get that far'))}" for name, check in bad]
+        lines += [f"- {name}, {check}: {_said(built[name][check])}" for name, check in bad]
     rest = [name for name in found if name not in built]
     if rest:
         lines += [
@@ -62,7 +63,9 @@ def write(results: Path, path: Path) -> None:
 
 
 def _state(text: str) -> str:
-    if not text or text.startswith(("WRONG", "ERROR")):
+    if not text:
+        return "not run"
+    if text.startswith(("WRONG", "ERROR")):
         return "bad"
     return "none" if text.startswith("none") else "ok"
 
