@@ -52,7 +52,8 @@ def inspect(model: nn.Module) -> ModelLayout:
         with settled(model), torch.no_grad():
             tail = replay.find_tail(_probe_ids(embedding))
         layout = ModelLayout(embedding, blocks, tuple((names[module], module) for module in tail), head, others, kept)
-        BlockRunner(model, layout)
+        if bool(torch.isfinite(_forward(model, embedding)).all()):  # else it overflows in its dtype, and none can tell
+            BlockRunner(model, layout)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         return _as_one_block(model, (embedding, blocks, head, others, kept), error)
     return layout

@@ -158,6 +158,11 @@ def saved(subject: Subject) -> str:
     want, kind = logits(subject.packed, subject.ids[:2]), type(subject.packed)
     gaps = []
     with tempfile.TemporaryDirectory() as folder:
+        try:
+            subject.model.save_pretrained(Path(folder) / "original")
+            kind.from_pretrained(Path(folder) / "original")
+        except Exception as error:  # a configuration that transformers writes and does not read
+            return f"none, the original raises {type(error).__name__}"
         ways = {
             "save_model": lambda path: bitween.save_model(subject.packed, None, path),
             "save_pretrained": subject.packed.save_pretrained,

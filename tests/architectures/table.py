@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tests.architectures.checks import KEPT, SPREAD
+from tests.architectures.tiny import causal_types
 
 _MARK = {"ok": "✓", "bad": "✗", "none": "–", "not run": "·"}
 
@@ -22,9 +23,10 @@ def write(results: Path, path: Path) -> None:
     lines = [
         "# Architectures",
         "",
-        f"Every type of causal language model that transformers {transformers.__version__} knows was made tiny "
-        "(64 channels, four layers, random weights) and quantized: `make architectures` writes this page. Of "
-        f"{len(found)} types transformers built and ran {len(built)} at this size; {len(good)} of these pass every "
+        f"Of the {len(causal_types())} types of causal language models that transformers {transformers.__version__} "
+        f"knows {len(found)} were made tiny (64 channels, four layers, random weights) and quantized: `make "
+        "architectures` runs all of them and writes this page. "
+        f"Transformers built and ran {len(built)} at this size; {len(good)} of these pass every "
         f"check that was run, {len(whole)} all five of them.",
         "",
         "- **packed**: uniform 4 bits by rounding (and by GPTQ); logits equal those of a full-precision copy that "
