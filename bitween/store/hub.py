@@ -225,6 +225,9 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
         when a name is not that of a linear layer or an embedding.
     """
     unfold(model, stacks_of_plan(model, plan, transposed_experts))
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
     for name, scheme in plan.items():
         try:
             old = model.get_submodule(name)
@@ -234,7 +237,7 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
         if new is None:
             kind = type(old).__name__
             raise CheckpointError(f"expected a linear layer or an embedding to quantize; got {kind}", tensor=name)
-        for path in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
+        for path in paths.get(old, ()):
             model.set_submodule(path, new.train(old.training))  # one module may stand under several names
         for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
             if source == f"{name}.weight":

@@ -15,7 +15,16 @@ from bitween import Bitween, __version__, save_model
 from bitween.cli import app
 from tests.cli.test_cli import MODEL, run
 
-FAST = ["--calibration-samples", "4", "--evaluation-samples", "8", "--max-perplexity-increase", "0.9"]
+FAST = [
+    "--calibration-samples",
+    "4",
+    "--evaluation-samples",
+    "8",
+    "--max-perplexity-increase",
+    "0.9",
+    "--domain",
+    "prose",
+]
 
 
 @pytest.fixture
