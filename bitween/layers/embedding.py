@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bitween.functional import quantize
-from bitween.layers.packed import Packed, empty_stored
+from bitween.layers.packed import Borrowed, Packed, empty_stored
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
@@ -172,33 +172,15 @@ class QuantizedEmbedding(Packed):
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme='{self.scheme}', dtype={self.dtype}{scale}"
 
 
-class _TiedEmbedding(QuantizedEmbedding):
+class _TiedEmbedding(Borrowed, QuantizedEmbedding):
     """A lookup table that reads its rows from another, which owns them."""
 
     def __init__(self, owner: QuantizedEmbedding) -> None:
-        self.__dict__["_owner"] = owner  # not a submodule: the rows belong to one module only
+        self._borrow(owner)
         super().__init__(owner.quantized, owner.dtype, owner.padding_idx)
 
     def _hold_scale(self, scale: float | None) -> None:
         """Holds none either."""
-
-    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-        """Holds nothing: the owner is asked."""
-
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self._owner._packed()
-
-    @property
-    def codes(self) -> torch.Tensor:
-        return self._owner.codes
-
-    @property
-    def scales(self) -> torch.Tensor:
-        return self._owner.scales
-
-    @property
-    def zeros(self) -> torch.Tensor | None:
-        return self._owner.zeros
 
     @property
     def multiplier(self) -> torch.Tensor | None:

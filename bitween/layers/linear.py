@@ -12,7 +12,7 @@ from bitween import _core, trellis
 from bitween._threads import follow_torch
 from bitween.functional import quantize
 from bitween.layers import tiles
-from bitween.layers.packed import Packed, by_torch_alone, empty_stored
+from bitween.layers.packed import Borrowed, Packed, by_torch_alone, empty_stored
 from bitween.layers.plain import is_plain_linear
 from bitween.quantized_tensor import QuantizedTensor, as_input, mode_number
 from bitween.scheme import Scheme
@@ -187,30 +187,12 @@ class QuantizedLinear(Packed):
         )
 
 
-class _TiedLinear(QuantizedLinear):
+class _TiedLinear(Borrowed, QuantizedLinear):
     """A linear layer that reads its weight from an embedding or another layer, which owns it."""
 
     def __init__(self, owner: Packed, bias: torch.Tensor | None) -> None:
-        self.__dict__["_owner"] = owner  # not a submodule: the weight belongs to one module only
+        self._borrow(owner)
         super().__init__(owner.quantized, bias, owner.dtype)
-
-    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
-        """Holds nothing: the owner is asked."""
-
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self._owner._packed()
-
-    @property
-    def codes(self) -> torch.Tensor:
-        return self._owner.codes
-
-    @property
-    def scales(self) -> torch.Tensor:
-        return self._owner.scales
-
-    @property
-    def zeros(self) -> torch.Tensor | None:
-        return self._owner.zeros
 
 
 def set_matmul_mode(model: nn.Module, mode: str) -> int:

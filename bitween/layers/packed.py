@@ -13,7 +13,7 @@ from bitween.layers.lazy_weight import LazyWeight
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import TILE, Scheme
 
-__all__ = ["MOVES", "Packed", "by_torch_alone", "empty_stored", "packed_layers"]
+__all__ = ["MOVES", "Borrowed", "Packed", "by_torch_alone", "empty_stored", "packed_layers"]
 
 MOVES = [0]  # how often a packed layer was moved or cast, so that who keeps addresses knows when to look again
 
@@ -111,6 +111,31 @@ class Packed(nn.Module):
         if scales is not None:
             self._buffers["scales"] = self._buffers["scales"].view(torch.float16)
         return self
+
+
+class Borrowed(Packed):
+    """A packed layer on the bytes of another, the owner: nothing is stored twice. Stands before the layer's kind."""
+
+    def _borrow(self, owner: Packed) -> None:
+        self.__dict__["_owner"] = owner  # not a submodule: the weight belongs to one module only
+
+    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Holds nothing: the owner is asked."""
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self._owner._packed()
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._owner.codes
+
+    @property
+    def scales(self) -> torch.Tensor:
+        return self._owner.scales
+
+    @property
+    def zeros(self) -> torch.Tensor | None:
+        return self._owner.zeros
 
 
 def empty_stored(rows: int, cols: int, scheme: Scheme, device: Any) -> QuantizedTensor:
