@@ -28,7 +28,7 @@ demo: $(VENV)/bitween.stamp $(MODEL)/config.json  ## quantize a real language mo
 	$(BIN)/python examples/demo.py $(MODEL) $(QUANTIZED)
 
 test: $(VENV)/bitween.stamp  ## build and run all tests (PYTEST="-k matmul" to choose)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST)
 
 lint: $(VENV)/lint.stamp $(VENV)/bitween.stamp  ## check the style of Python and C, and the extension's type stubs
 	$(BIN)/ruff check .

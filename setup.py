@@ -11,10 +11,12 @@ import platform
 import shutil
 import subprocess
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -96,4 +98,23 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+class BuildExt(build_ext):
+    """Compiles as many files at a time as there are CPUs; setuptools by itself takes one after the other."""
+
+    def build_extension(self, ext):
+        one_by_one = self.compiler.compile
+
+        def together(sources, **options):
+            largest_first = sorted(sources, key=lambda source: (Path(source).parent.name != "isa", source))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sorted(o for made in pool.map(lambda s: one_by_one([s], **options), largest_first) for o in made)
+
+        self.compiler.compile = together
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

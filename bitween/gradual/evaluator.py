@@ -224,29 +224,33 @@ def _proof(
 ) -> tuple:
     """(ln p_ref - ln p_q, another first choice, p_ref and p_q of each kind of control tokens)."""
     gain = _gain(base, logits, targets, known)
-    before = _mass(base, control)
+    before = _mass(base, control, targets, known)
     if logits is None:
         lost = np.zeros(len(targets))
         return *gain, np.ones(len(targets)), *(part for mass in before for part in (mass, lost))
     changed = (base.argmax(-1) != logits.argmax(-1)).numpy()
-    both = zip(before, _mass(logits, control), strict=True)
+    both = zip(before, _mass(logits, control, targets, known - gain[0]), strict=True)
     return *gain, changed, *(part for pair in both for part in pair)
 
 
-def _mass(logits: torch.Tensor, control: list[list[int]]) -> list[np.ndarray]:
-    """Probability of each set of tokens together (rows,)."""
-    if not control:
-        return []
-    total = torch.logsumexp(logits.float(), -1)
+def _mass(
+    logits: torch.Tensor, control: list[list[int]], targets: torch.Tensor, log_likelihood: np.ndarray
+) -> list[np.ndarray]:
+    """Probability of each set of tokens together (rows,); the rows' normalisers follow from the targets' likelihoods,
+    without another look at the whole vocabulary."""
+    total = logits.gather(1, targets[:, None])[:, 0].float() - torch.as_tensor(log_likelihood)
     return [(torch.logsumexp(logits[:, ids].float(), -1) - total).exp().numpy() for ids in control]
 
 
 class _HeadChange:
-    """Logits of a candidate as the reference's plus what the candidate changes."""
+    """Logits of a candidate: in half precision as the reference's plus what the candidate changes, so that rounding
+    cancels; in float32, which rounds too little to matter, by the candidate's own head, in one product."""
 
     def __init__(self, reference: blocks.BlockRunner, candidate: blocks.BlockRunner):
         self.candidate = candidate
-        self.linear = reference.plain_logits and candidate.layout.head.shape == reference.layout.head.shape
+        same = candidate.layout.head.shape == reference.layout.head.shape
+        exact = reference.products == "fp32" and all(_in_float32(x.layout.head) for x in (reference, candidate))
+        self.linear = reference.plain_logits and same and not exact
         self.delta = None
         if self.linear and reference is not candidate:
             self.delta = _weight_change(reference.layout.head, candidate.layout.head)
@@ -262,6 +266,10 @@ class _HeadChange:
             if self.delta is not None:  # straight into the sum: each copy of logits takes as long as their loss
                 logits += ref.to(self.delta.dtype) @ self.delta.T
         return logits
+
+
+def _in_float32(head: blocks.Layer) -> bool:
+    return head.quantized or head.weight.dtype == torch.float32
 
 
 def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Tensor | None:
