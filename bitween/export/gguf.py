@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bitween.export import gguf_blocks
+from bitween.export import gguf_blocks, gguf_experts
 from bitween.export.gguf_tokenizer import add_tokenizer
 from bitween.layers import packed_layers
+from bitween.model.experts import experts_of
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.store.files import atomic_path
 
@@ -33,6 +34,9 @@ _ARCHITECTURES = {
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
 _PAIRED = (gguf.MODEL_ARCH.LLAMA,)  # llama.cpp turns neighbouring pairs there, transformers the two halves of a head
 _PLAIN = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
@@ -56,7 +60,7 @@ def reasons(model: nn.Module, exact: bool = False) -> dict[str, str]:
         kind = gguf_blocks.block_type(module.quantized.scheme, module.quantized.shape, exact)
         if isinstance(kind, str):
             found[name] = kind
-    return found
+    return found or gguf_experts.reasons(model, exact)
 
 
 def export_gguf(
@@ -71,7 +75,8 @@ def export_gguf(
 
     Parameters
     ----------
-    model : Llama-like transformers model (llama, mistral, qwen2, qwen3) with packed layers
+    model : Llama-like transformers model with packed layers: llama, mistral, qwen2, qwen3, and with experts mixtral,
+        qwen2_moe, qwen3_moe
     tokenizer : its tokenizer; not needed with a template
     path : file to write; what stands there is replaced, whole or not at all
     exact : only block types that hold the same numbers. Otherwise 2, 3 and 6 bits, and asymmetric 4 and 5 bits, take
@@ -94,6 +99,7 @@ def export_gguf(
     if kind not in _ARCHITECTURES:
         raise ValueError(f"model: expected one of {', '.join(_ARCHITECTURES)}; got {kind!r}")
     architecture = _ARCHITECTURES[kind]
+    gguf_experts.check(model)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture], use_temp_file=False)
     if template is not None:
         _copy_settings(writer, template)
@@ -136,23 +142,37 @@ def _tensors(model: nn.Module, architecture: Any, exact: bool) -> Iterator[tuple
             raise ValueError(f"model: {name} has no name in GGUF")
         return found
 
+    experts = experts_of(model)
     for module_name, module in packed_layers(model):
-        if tied and module_name == "lm_head":
+        if (tied and module_name == "lm_head") or module_name in experts:
+            continue
+        if gguf_experts.is_vector(module_name):
+            yield renamed(f"{module_name}.weight"), module.quantized.dequantize()[0], Type.F32, False
             continue
         stored = _reordered(module.quantized, _order(module_name, architecture, config))
         kind = gguf_blocks.block_type(stored.scheme, stored.shape, exact)
-        changed = kind.name.endswith("_K") or (stored.scheme.levels == 256 and not stored.scheme.symmetric)
+        changed = gguf_blocks.is_rounded(stored.scheme, kind)
         yield renamed(f"{module_name}.weight"), gguf_blocks.encode(stored, kind), kind, changed
-    for name, tensor in model.named_parameters():
-        if tied and name.startswith("lm_head"):
+    for name, blocks, kind, changed in gguf_experts.stacks(model, exact):
+        yield renamed(f"{name}.weight"), blocks, kind, changed
+    for whole, parameter in model.named_parameters():
+        if tied and whole.startswith("lm_head"):
             continue
-        order = _order(name.rpartition(".")[0], architecture, config)
-        tensor = tensor.detach() if order is None else tensor.detach()[torch.from_numpy(order)]
-        kind = Type.F32 if tensor.ndim == 1 else _PLAIN.get(tensor.dtype, Type.F32)
-        yield renamed(name), _plain(tensor, kind), kind, False
+        order = _order(whole.rpartition(".")[0], architecture, config)
+        parameter = parameter.detach() if order is None else parameter.detach()[torch.from_numpy(order)]
+        for name, tensor in gguf_experts.parameters(whole, parameter):
+            kind = _plain_type(name, tensor)
+            yield renamed(name), _plain(tensor, kind), kind, False
     scaled = _rope_factors(model)
     if scaled is not None:
         yield "rope_freqs.weight", scaled, Type.F32, False
+
+
+def _plain_type(name: str, tensor: torch.Tensor) -> Type:
+    """What llama.cpp multiplies such a tensor as: vectors and routers in float32, others as they are."""
+    if tensor.ndim == 1 or name.endswith("mlp.gate.weight"):
+        return Type.F32
+    return _PLAIN.get(tensor.dtype, Type.F32)
 
 
 def _plain(tensor: torch.Tensor, kind: Type) -> np.ndarray:
@@ -212,6 +232,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: nn.Module) -> None:
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    gguf_experts.add_settings(writer, c)
 
 
 def _copy_settings(writer: gguf.GGUFWriter, template: str | os.PathLike) -> None:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 
-__all__ = ["block_type", "encode"]
+__all__ = ["block_type", "encode", "is_rounded"]
 
 _BLOCK, _SUPER = 32, 256
 _TRIES = 16  # candidates for the scale of scales
@@ -47,6 +47,11 @@ def block_type(scheme: Scheme, shape: tuple[int, int], exact: bool = False) -> T
 def encode(tensor: QuantizedTensor, kind: Type) -> np.ndarray:
     """The matrix as blocks of a type that `block_type` gave, uint8 (rows, bytes of a row)."""
     return _ENCODERS[kind](tensor)
+
+
+def is_rounded(scheme: Scheme, kind: Type) -> bool:
+    """Whether `encode` chooses codes anew, so that numbers change."""
+    return kind.name.endswith("_K") or (scheme.levels == 256 and not scheme.symmetric)
 
 
 _K_TYPES = {

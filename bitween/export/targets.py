@@ -20,6 +20,7 @@ class Target:
     runs : whether it has a kernel for a scheme
     fits : whether it can hold a (rows, cols) matrix under a scheme that it runs
     fuses : layers that read one tensor (q, k, v; gate, up) become one there and must share a scheme
+    stacks : the matrices of all experts (their gates and ups, their downs) become one tensor and must share a scheme
     embeddings : whether the word embedding may be quantized
     in_place : whether tables of positions and layers with arithmetic of their own may be quantized
     """
@@ -28,6 +29,7 @@ class Target:
     runs: Callable[[Scheme], bool]
     fits: Callable[[Scheme, tuple[int, int]], bool] = lambda scheme, shape: True
     fuses: bool = False
+    stacks: bool = False
     embeddings: bool = True
     in_place: bool = False
 
@@ -69,9 +71,9 @@ TARGETS = {
     target.name: target
     for target in (
         Target("any", lambda scheme: True, in_place=True),
-        Target("vllm", _vllm, _whole_groups, fuses=True, embeddings=False),
-        Target("marlin", _marlin, _whole_groups, fuses=True, embeddings=False),
-        Target("gguf", _gguf, _blocks_of_32),
+        Target("vllm", _vllm, _whole_groups, fuses=True, stacks=True, embeddings=False),
+        Target("marlin", _marlin, _whole_groups, fuses=True, stacks=True, embeddings=False),
+        Target("gguf", _gguf, _blocks_of_32, stacks=True),
         Target("auto-round", _auto_round, _tiles_of_32, embeddings=False),
     )
 }

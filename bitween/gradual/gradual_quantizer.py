@@ -270,7 +270,7 @@ class GradualQuantizer:
             proof = None
             if self.certify:
                 certify = partial(self._certify, optimizer=optimizer, recorder=recorder)
-                prove = partial(proven, chosen, conflict, descent, certify, **rules)
+                prove = partial(proven, chosen, conflict, descent, certify, confidence=self.confidence, **rules)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
         model = writable(optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1]))
@@ -465,13 +465,13 @@ class GradualQuantizer:
         self._tell(story.distilled, chosen.damage, stage.damage, better)
         return stage if better else chosen
 
-    def _certify(self, stage: Stage, optimizer: PrecisionOptimizer, recorder: Recorder) -> Any:
+    def _certify(self, stage: Stage, confidence: float, optimizer: PrecisionOptimizer, recorder: Recorder) -> Any:
         optimizer.restore(stage.realisation)
         self._tell(story.proving, stage.nbytes, len(optimizer.context.text.certification))
         proof = optimizer.evaluator.certify(
             optimizer.runner,
             self.max_perplexity_increase,
-            confidence=self.confidence,
+            confidence=confidence,
             budgets=self.text.budgets,
             keep=partial(_keep, recorder.plan(stage.realisation.plan), bool(stage.realisation.gains)),
         )

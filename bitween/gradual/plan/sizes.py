@@ -117,7 +117,19 @@ class Sizes:
             kept = Option(KEEP, layer.nbytes, 0.0)
             fitting = set(self.fitting(layer))
             found.append(Item(item.name, (*(option for option in item.options if option.key in fitting), kept)))
-        if not self.target.fuses or context is None:
+        if context is None:
             return found
-        shared = [names for i in range(len(context.layout.blocks)) for names in context.runner.shared_inputs(i)]
-        return tie(found, {" + ".join(names): names for names in shared if len(names) > 1})
+        groups = self._stacked(found) if self.target.stacks else {}
+        if self.target.fuses:
+            tied = {name for names in groups.values() for name in names}
+            shared = [names for i in range(len(context.layout.blocks)) for names in context.runner.shared_inputs(i)]
+            groups |= {" + ".join(names): names for names in shared if len(names) > 1 and not tied & set(names)}
+        return tie(found, groups)
+
+    def _stacked(self, items: list[Item]) -> dict[str, list[str]]:
+        """{stack: its experts' matrices}."""
+        groups: dict[str, list[str]] = {}
+        for item in items:
+            if self.layout.layer(item.name).kind == "expert":
+                groups.setdefault(item.name.rpartition(".")[0], []).append(item.name)
+        return groups

@@ -117,7 +117,7 @@ class WholeRun:
             proof = None
             if o["certify"] and evaluator.proves:
                 certify = partial(self._certify, realiser=realiser, evaluator=evaluator, recorder=recorder)
-                prove = partial(proven, chosen, conflict, descent, certify, **rules)
+                prove = partial(proven, chosen, conflict, descent, certify, confidence=o["confidence"], **rules)
                 chosen, proof, conflict = self._timed("certificate", prove)
         self._restore(realiser, chosen.realisation)
         model = writable(realiser.candidate.deliver(self.model, context.examples.selection[0]))
@@ -202,11 +202,13 @@ class WholeRun:
         """Put the candidate back into the state that a realisation left, bit for bit."""
         self._put(realiser, realisation.stored)
 
-    def _certify(self, stage: Stage, *, realiser: WholeRealiser, evaluator: WholeEvaluator, recorder: Recorder) -> Any:
+    def _certify(
+        self, stage: Stage, confidence: float, *, realiser: WholeRealiser, evaluator: WholeEvaluator, recorder: Recorder
+    ) -> Any:
         self._restore(realiser, stage.realisation)
         self._tell(story.proving_whole, stage.nbytes, len(self.context.examples.certification))
         steps = recorder.plan(stage.realisation.plan)
-        proof = evaluator.certify(realiser.candidate.model, confidence=self.options["confidence"], keep=steps.array)
+        proof = evaluator.certify(realiser.candidate.model, confidence=confidence, keep=steps.array)
         self._tell(story.proof, proof)
         return proof
 
