@@ -175,8 +175,8 @@ class GradualQuantizer:
         )
         self._spill = Spill()
         if isinstance(model, (str, os.PathLike)):
-            options = {"trust": trust_remote_code, "keep": self._spill.keep, "tokenizer": tokenizer}
-            model, tokenizer = open_model(model, dtype, **options)
+            options = {"trust": trust_remote_code, "keep": self._spill.keep, "done": self._spill.forget}
+            model, tokenizer = open_model(model, dtype, tokenizer=tokenizer, **options)
             self._spill.adopt(model.parameters())
         elif check_dtype(dtype) != "auto":
             raise ValueError(f'dtype: expected "auto" for a model that is loaded already; got {dtype!r}')

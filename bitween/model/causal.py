@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -39,19 +41,22 @@ def find_layout(model: nn.Module, *, run: bool = True) -> tuple[ModelLayout | No
             BlockRunner(model, layout)
     except Exception as error:  # whatever a module that is no language model makes of a few token ids
         return None, f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    if not is_causal(model, layout.embedding.shape[0]):
+    if not is_causal(model, layout.embedding.shape[0], [block.module for block in layout.blocks]):
         return None, "what it says at a position hangs on later ones, so that it is no causal language model"
     return layout, ""
 
 
-def is_causal(model: nn.Module, vocabulary: int) -> bool:
-    """Whether logits stay the same, to the rounding of sums, when only later tokens change."""
+def is_causal(model: nn.Module, vocabulary: int, blocks: Iterable[nn.Module] = ()) -> bool:
+    """Whether logits stay the same, to the rounding of sums, when only later tokens change.
+
+    Weights are in float32 meanwhile; those of `blocks` only while each of these runs.
+    """
     device = next(iter(model.parameters())).device
     ids = torch.arange(_TOKENS, device=device)[None] % vocabulary
     other, half = ids.clone(), _TOKENS // 2
     other[:, half:] = (other[:, half:] + vocabulary // 2) % vocabulary
     try:
-        with settled(model), in_float32(model), torch.no_grad():
+        with settled(model), in_float32(model, blocks), torch.no_grad():
             one, two = (logits_of(model(x)).float()[0, :half] for x in (ids, other))
     except Exception:
         return False

@@ -94,14 +94,12 @@ class Spill:
 
         Tensors elsewhere are left out. Linux only; on other systems none is found.
         """
-        files = _mapped_files()
-        for tensor in tensors:
-            tensor = tensor.detach()
-            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-            if any(a <= first and last <= b for a, b in files):
-                first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
-                if first < last:
-                    self._adopted.append((tensor, first, last - first))
+        self._adopted += _in_files(tensors)
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Let go once of a tensor that nobody has changed, if it lies in a mapped .safetensors file."""
+        for _, first, nbytes in _in_files([tensor]) if self._worth(tensor.nbytes) and _DONTNEED is not None else ():
+            _C_LIBRARY.madvise(first, nbytes, _DONTNEED)
 
     def let_go(self) -> None:
         """This process needs no kept page now, nor what its allocator holds of memory that was freed."""
@@ -174,6 +172,18 @@ class Spill:
     @property
     def _place(self) -> str:
         return os.fspath(self.directory or tempfile.gettempdir())
+
+
+def _in_files(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Tensors in mapped .safetensors files, each with the address and the bytes of its whole pages."""
+    files = _mapped_files()
+    for tensor in tensors:
+        tensor = tensor.detach()
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if any(a <= first and last <= b for a, b in files):
+            first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                yield tensor, first, last - first
 
 
 def _mapped_files() -> list[tuple[int, int]]:

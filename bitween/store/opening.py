@@ -25,6 +25,7 @@ def open_model(
     *,
     trust: bool = False,
     keep: Callable[[Any], Any] = lambda tensor: tensor,
+    done: Callable[[Any], None] = lambda tensor: None,
     tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a directory, a .gguf file or a name on the hub.
@@ -37,6 +38,7 @@ def open_model(
     dtype : "auto" (what the config says), "float32", "bfloat16" or "float16", or such a torch dtype
     trust : run code that comes with the model
     keep : given every tensor that was cast; returns the one to hold, of the same numbers
+    done : given every tensor of the file that was cast and is not needed again
     tokenizer : returned as it is where there is one
 
     Raises
@@ -64,11 +66,11 @@ def open_model(
             "--trust-remote-code"
         ) from error
     if wanted != "auto":
-        _cast(model, getattr(torch, wanted), keep)
+        _cast(model, getattr(torch, wanted), keep, done)
     return model, tokenizer
 
 
-def _cast(model: Any, dtype: Any, keep: Callable[[Any], Any]) -> None:
+def _cast(model: Any, dtype: Any, keep: Callable[[Any], Any], done: Callable[[Any], None]) -> None:
     """Floating-point parameters in another dtype; modules that a family keeps in float32 stay so, as transformers has
     it."""
     pinned = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
@@ -76,6 +78,7 @@ def _cast(model: Any, dtype: Any, keep: Callable[[Any], Any]) -> None:
         pinned |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype and not pinned & {*name.split(".")}:
-            parameter.data = keep(parameter.data.to(dtype))
+            own, parameter.data = parameter.data, keep(parameter.data.to(dtype))
+            done(own)
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config.dtype = dtype

@@ -4,9 +4,11 @@ import gc
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import bitween
@@ -151,3 +153,23 @@ def test_a_run_gives_the_same_bytes_whether_its_numbers_rest_in_files_or_not(tin
     assert files.keys() == memory.keys()
     assert all(torch.equal(files[name], memory[name]) for name in files)
     assert not any(module._forward_hooks for module in tiny_model.modules())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_tensor_that_is_forgotten_leaves_memory_and_comes_back(tmp_path):
+    values = torch.randn(1 << 20)
+    safetensors.torch.save_file({"x": values}, tmp_path / "x.safetensors")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        tensor = file.get_tensor("x")
+        assert torch.equal(tensor, values)
+        before = _resident_file_bytes()
+        Spill().forget(tensor)
+        assert before - _resident_file_bytes() > 0.9 * tensor.nbytes
+        assert torch.equal(tensor, values)
+        Spill().forget(values)  # in no file: nothing happens
+        assert torch.equal(tensor, values)
+
+
+def _resident_file_bytes():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssFile:")[1].split()[0])
