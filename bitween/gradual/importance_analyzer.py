@@ -138,7 +138,8 @@ class ImportanceAnalyzer:
         schemes = tuple(schemes or candidate_schemes())
         blocked = feedback and any(scheme.coding == "trellis" for scheme in schemes)
         curvature = self.analyze_curvature(blocked=blocked)
-        return score_layers(self.context.layout, curvature, schemes, feedback=feedback, ranges=ranges)
+        rest = self.context.spill.let_go
+        return score_layers(self.context.layout, curvature, schemes, feedback=feedback, ranges=ranges, done=rest)
 
     def get_block_thresholds(self, global_budget: float = 0.05) -> dict[str, float]:
         """Damage in nats that each block may cause, so that all together stay within a perplexity increase.

@@ -8,7 +8,7 @@ block of columns leaves; without it with its plain second moment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,7 @@ def score_layers(
     *,
     feedback: bool = True,
     ranges: str = "clip",
+    done: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerScores]:
     """Predicted damage of every scheme for every layer.
 
@@ -76,6 +77,7 @@ def score_layers(
     ----------
     feedback : the quantizer compensates errors (GPTQ); False for round to nearest and clipping
     ranges : "clip" or "minmax", as the quantizer chooses ranges
+    done : called after each layer, whose weights are not needed again
     """
     found = {}
     for layer in layout.layers:
@@ -83,6 +85,7 @@ def score_layers(
         if layer.name == layout.embedding.name and layout.tied:
             uses.append(curvature[layout.head.name])
         found[layer.name] = score_layer(layer, uses, schemes, feedback=feedback, ranges=ranges)
+        done()
     return found
 
 
