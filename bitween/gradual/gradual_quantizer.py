@@ -37,7 +37,7 @@ from bitween.model.experts import shared_copy, unfolded
 from bitween.model.layout import ModelLayout
 from bitween.model.memory import MemoryAnalysis, analyze_memory, available_bytes
 from bitween.model.patterns import checked_patterns
-from bitween.model.spill import Spill
+from bitween.model.spill import Spill, end_rest
 from bitween.model.whole import WholeLayout, describe
 from bitween.realise.context import RunContext, cut_text
 from bitween.report import story
@@ -202,8 +202,7 @@ class GradualQuantizer:
         if len(self.text.sources) == 1 and self.text.budgets:  # the only domain's budget is the run's
             self.max_perplexity_increase = next(iter(self.text.budgets.values()))
         self.ignore_layers = checked_patterns("ignore_layers", self.ignore_layers, self.layout)
-        blocks.check_finite(model)
-        self._spill.let_go()
+        blocks.check_finite(model, self._spill.let_go)
         self.sizes = Sizes(
             model, self.layout, self.target, self.schemes, self.ignore_layers, self.target_memory_reduction
         )
@@ -351,7 +350,11 @@ class GradualQuantizer:
         copy = shared_copy(self.model)  # the user's own modules may run elsewhere meanwhile
         with suppress(Exception):  # stacks of experts are found by running token ids, which not every model takes
             copy = unfolded(copy)
+        self._spill.rest_after(
+            part for parts in copy.modules() if isinstance(parts, torch.nn.ModuleList) for part in parts
+        )
         layout, reason = find_layout(copy)
+        end_rest(copy)
         if layout is not None and is_inputs(calibration_data):
             reason = "calibration_data holds other inputs than text"
         elif layout is not None and (self.max_damage is not None or self.metric is not None or self.damage):

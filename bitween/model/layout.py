@@ -7,7 +7,7 @@ Face family needs no new code here.
 import fnmatch
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -167,11 +167,11 @@ class ModelLayout:
         raise KeyError(f"no layer named {name!r}")
 
 
-def check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module, done: Callable[[], None] = lambda: None) -> None:
     """Raise ValueError for the first parameter that holds NaN or infinity.
 
-    One vectorised pass over the weights. The message names the parameter, how many of its values
-    are not finite and where the first one is.
+    One vectorised pass over the weights; `done` is called after each of them. The message names the parameter, how many
+    of its values are not finite and where the first one is.
     """
     for name, parameter in model.named_parameters():
         values = parameter.detach()
@@ -179,6 +179,7 @@ def check_finite(model: nn.Module) -> None:
             continue
         low, high = torch.aminmax(values)  # both are NaN if any value is
         if math.isfinite(low.item()) and math.isfinite(high.item()):
+            done()
             continue
         bad = ~torch.isfinite(values)
         first = bad.nonzero()[0].tolist()
