@@ -41,11 +41,20 @@ def settings(seed: int) -> dict:
 
 
 def unseen(model, tokenizer, texts: Path, domains: list[str], length: int) -> GradualEvaluator:
-    data = {name: str(texts / f"{name}.jsonl") for name in domains}
+    data = {name: _texts(texts / f"{name}.jsonl", tokenizer) for name in domains}
     options = {"calibration_samples": 1, "selection_samples": WINDOWS * len(domains), "evaluation_samples": 1}
     return GradualEvaluator(
         model, tokenizer, calibration_data=checked(data, None, tokenizer), length=length, bounded=False, **options
     )
+
+
+def _texts(path: Path, tokenizer) -> str | list[str]:
+    """A file; of conversations their text as the shipped ones have it, where the tokenizer has no template."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if "messages" not in rows[0] or tokenizer.chat_template is not None:
+        return str(path)
+    names = {"user": "User", "assistant": "Assistant"}
+    return ["\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in row["messages"]) for row in rows]
 
 
 def one(model, tokenizer, texts: Path, seed: int, length: int) -> dict:

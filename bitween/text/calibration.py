@@ -191,7 +191,8 @@ class _Texts:
     """Documents of text, tokenized when their turn comes."""
 
     def __init__(self, source, tokenizer, length: int, notes: list[str]):
-        documents = _token_documents(source) if isinstance(source, sources.TokenLists) else load_documents(source)
+        own = isinstance(source, sources.TokenLists)
+        documents = _token_documents(source) if own else load_documents(source, tokenizer)
         if tokenizer is None and not isinstance(source, sources.TokenLists):
             raise ValueError(
                 "tokenizer: needed to turn text into tokens; got None. Give the model's own "

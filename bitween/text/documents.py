@@ -23,7 +23,7 @@ _HEADINGS = (
 _FEWEST_PARTS = 3  # fewer could not be kept apart between calibration, selection and certification
 
 
-def load_documents(source=None) -> list[str]:
+def load_documents(source=None, tokenizer=None) -> list[str]:
     """Read text and return its documents, in order, without blank ones.
 
     Parameters
@@ -31,12 +31,15 @@ def load_documents(source=None) -> list[str]:
     source : None, path, str or sequence of str
         None: the text that ships with bitween, all domains (`bitween/text/data/README.md` tells their origin).
         A path to a .txt, .md, .json or .jsonl file, each also gzipped (.gz). JSON holds a list, JSON Lines one
-        item a line; an item is a string or an object with a string "text".
+        item a line; an item is a string, an object with a string "text", or a chat: an object whose "messages" (or
+        "conversations") are objects with "role" and "content".
         A list of strings: one document each.
         A folder or a string without spaces: a data set of the `datasets` package, written "owner/name", "name:config"
-        or "name:config:split" (the split is "train" unless told); its column "text" is used. A bare "name" is one
-        where `datasets` is imported already; otherwise nothing is asked of the network, and it is an error.
+        or "name:config:split" (the split is "train" unless told); its column "text", "messages" or "conversations" is
+        used. A bare "name" is one where `datasets` is imported already; otherwise nothing is asked of the network, and
+        it is an error.
         Any other string is one text.
+    tokenizer : its chat template writes chats down
 
     Returns
     -------
@@ -56,13 +59,13 @@ def load_documents(source=None) -> list[str]:
     elif isinstance(source, str) and sources.is_text(source):
         rows = [source]
     elif isinstance(source, str | PathLike) and Path(source).is_dir():
-        rows = _read_data_set(fspath(source))
+        rows = _read_data_set(fspath(source), tokenizer)
     elif isinstance(source, PathLike) or (isinstance(source, str) and is_path(source)):
-        rows = _read_file(Path(source))
+        rows = _read_file(Path(source), tokenizer)
     elif isinstance(source, str):
-        rows = _read_data_set(source)
+        rows = _read_data_set(source, tokenizer)
     else:
-        rows = _read_rows(source, "calibration_data")
+        rows = _read_rows(source, "calibration_data", tokenizer)
     documents = [text for text in _regroup(rows) if text.strip()]
     if not documents:
         raise ValueError(f"calibration_data: expected text; got {describe(source)}, which is empty or blank")
@@ -93,7 +96,7 @@ def is_path(source: str) -> bool:
         return False
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, tokenizer) -> list[str]:
     path = path.expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
@@ -103,28 +106,35 @@ def _read_file(path: Path) -> list[str]:
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
         text = text.replace("\r\n", "\n")
         if suffix == ".json":
-            return _read_rows(json.loads(text), str(path))
+            return _read_rows(json.loads(text), str(path), tokenizer)
         if suffix == ".jsonl":
-            return _read_rows([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
+            return _read_rows([json.loads(line) for line in text.split("\n") if line.strip()], str(path), tokenizer)
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"calibration_data: {path} is not valid {suffix} text: {error}") from error
     return [text]
 
 
-def _read_rows(rows, where: str) -> list[str]:
-    """Strings, or the "text" of objects."""
+def _read_rows(rows, where: str, tokenizer) -> list[str]:
+    """Strings, the "text" of objects, or their "messages" as the tokenizer's chat template writes them."""
     if not isinstance(rows, list | tuple):
         raise TypeError(f"{where}: expected a path, a list of strings or token windows; got {type(rows).__name__}")
-    texts = [row.get("text") if isinstance(row, dict) else row for row in rows]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(
-                f'{where}: item {i}: expected a string or an object with a string "text"; got {type(rows[i]).__name__}'
-            )
-    return texts
+    return [_read_row(row, i, where, tokenizer) for i, row in enumerate(rows)]
 
 
-def _read_data_set(source: str) -> list[str]:
+def _read_row(row, i: int, where: str, tokenizer) -> str:
+    text = row.get("text") if isinstance(row, dict) else row
+    if isinstance(text, str):
+        return text
+    for name in ("messages", "conversations"):
+        if isinstance(row, dict) and sources.is_chat(row.get(name)):
+            return sources.chat(row[name], i, tokenizer)
+    raise TypeError(
+        f'{where}: item {i}: expected a string, an object with a string "text" or a chat with "messages"; got '
+        f"{type(row).__name__}"
+    )
+
+
+def _read_data_set(source: str, tokenizer) -> list[str]:
     if not re.fullmatch(r"[\w.\-/:]+", source):
         raise ValueError(f"calibration_data: expected a file, a data set or text; got {source!r}")
     if not set("/:") & set(source) and "datasets" not in sys.modules:
@@ -140,9 +150,11 @@ def _read_data_set(source: str) -> list[str]:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     rows = import_module("datasets").load_dataset(name, config or None, split=split or "train")
-    if "text" not in rows.column_names:
-        raise ValueError(f'{source}: expected a column "text"; got the columns {", ".join(rows.column_names)}')
-    return _read_rows(list(rows["text"]), source)
+    column = next((name for name in ("text", "messages", "conversations") if name in rows.column_names), None)
+    if column is None:
+        shown = ", ".join(rows.column_names)
+        raise ValueError(f'{source}: expected a column "text" or "messages"; got the columns {shown}')
+    return _read_rows([{column: value} for value in rows[column]], source, tokenizer)
 
 
 def _regroup(rows: list[str]) -> list[str]:

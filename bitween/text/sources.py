@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["ChatTemplateError", "TokenLists", "checked", "is_text", "resolve", "written"]
+__all__ = ["ChatTemplateError", "TokenLists", "chat", "checked", "is_chat", "is_text", "resolve", "written"]
 
 _MOST_ITEMS = 100_000  # taken of what may never end
 _LONGEST_NAME = 1000  # a longer string is no path
@@ -71,7 +71,7 @@ def resolve(source: Any, tokenizer: Any = None) -> Any:
     if isinstance(source, bytes | bytearray | int | float):
         raise TypeError(f"calibration_data: {_GATHERED}; got {type(source).__name__}")
     items = list(_items(source))
-    if _is_chat(items):
+    if is_chat(items):
         items = [items]
     parts = [_part(item, i, tokenizer) for i, item in enumerate(items)]
     return _joined([part for found in parts for part in found])
@@ -127,7 +127,8 @@ def _some(items: Iterable[Any]) -> list[Any]:
     return found[:_MOST_ITEMS]
 
 
-def _is_chat(items: Any) -> bool:
+def is_chat(items: Any) -> bool:
+    """Whether this is one conversation: a list of messages with "role" and "content"."""
     return isinstance(items, list | tuple) and bool(items) and all(
         isinstance(item, Mapping) and "role" in item and "content" in item for item in items
     )  # fmt: skip
@@ -147,8 +148,8 @@ def _part(item: Any, i: int, tokenizer: Any) -> list[Any]:
             return [item["text"]]
         if isinstance(item.get("text"), list | tuple):  # what a DataLoader makes of dicts
             return [text for j in item["text"] for text in _part(j, i, tokenizer)]
-    if _is_chat(item):
-        return [_written(item, i, tokenizer)]
+    if is_chat(item):
+        return [chat(item, i, tokenizer)]
     if isinstance(item, torch.Tensor | np.ndarray):
         return _token_rows(item, i)
     if isinstance(item, list | tuple) and item:
@@ -180,7 +181,7 @@ def _token_rows(ids: Any, i: int, mask: Any = None) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(rows, shown.reshape(rows.shape).bool(), strict=True)]
 
 
-def _written(messages: Any, i: int, tokenizer: Any) -> str:
+def chat(messages: Any, i: int, tokenizer: Any) -> str:
     """A chat as its template writes it, or an error that names the item."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 
 import pytest
@@ -203,3 +205,23 @@ def test_wrong_text_is_told_before_any_work(tiny_model, tiny_tokenizer, monkeypa
     monkeypatch.setattr(quantizer, "_prepare", lambda: pytest.fail("worked before the text was looked at"))
     with pytest.raises(ValueError, match=r"calibration_data: 0 of .* windows"):
         quantizer.quantize()
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz"])
+def test_chats_in_a_file_go_through_the_template(tmp_path, name, suffix):
+    rows = [{name: CHAT, "id": 7}, {"text": "no chat"}]
+    written = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+    path = tmp_path / f"chats.{suffix}"
+    path.write_bytes(gzip.compress(written.encode()) if suffix.endswith("gz") else written.encode())
+    expected = ["[user] How far is it? [assistant] Two miles. ", "no chat"]
+    assert load_documents(path, Talking()) == load_documents(str(path), Talking()) == expected
+    with pytest.raises(ValueError, match="item 0 is a chat, and the tokenizer has no chat template"):
+        load_documents(path, Letters())
+
+
+def test_objects_in_a_file_that_are_neither_text_nor_chat(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "fine"}\n{"messages": "hello"}\n')
+    with pytest.raises(TypeError, match=r"odd.jsonl: item 1: expected a string, .* or a chat"):
+        load_documents(path, Talking())
