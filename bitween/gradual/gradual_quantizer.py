@@ -40,6 +40,7 @@ from bitween.model.patterns import checked_patterns
 from bitween.model.spill import Spill, end_rest
 from bitween.model.whole import WholeLayout, describe
 from bitween.realise.context import RunContext, cut_text
+from bitween.realise.routing import routing_changes
 from bitween.report import story
 from bitween.report.quantization_report import QuantizationReport
 from bitween.scheme import Scheme
@@ -272,13 +273,13 @@ class GradualQuantizer:
                 prove = partial(proven, chosen, conflict, descent, certify, confidence=self.confidence, **rules)
                 chosen, proof, conflict = self._timed("certificate", prove)
         optimizer.restore(chosen.realisation)
+        changes = routing_changes(context, optimizer.runner, context.text.selection.ids)
+        experts = sorted(optimizer.realiser.unreached), changes
         model = writable(optimizer.candidate.install(self.sizes.dtype, context.text.selection.ids[:1]))
         self._seconds["total"] = time.monotonic() - started
         self._report = make_report(
-            self, model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof
+            self, model, chosen, descent, front, importance, context, transforms, conflict, uniform, proof, experts
         )
-        self._report.unreached_experts.extend(sorted(optimizer.realiser.unreached))
-        self._report.full_precision.extend(self.sizes.full_precision())
         model.bitween_report = self._report
         self._tell(story.delivered, self._report.memory, conflict)
         return model

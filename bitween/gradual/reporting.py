@@ -22,6 +22,7 @@ def make_report(
     conflict: str | None,
     uniform: dict[str, Any] | None,
     proof: Any,
+    experts: tuple[list[str], dict[str, float]],
 ) -> QuantizationReport:
     """The report of `run`, a GradualQuantizer.
 
@@ -35,6 +36,7 @@ def make_report(
     transforms, conflict, uniform : what was done to the weights' basis, why not both targets are met, and how the
         best uniform plan does
     proof : the certificate; None where none was asked for
+    experts : those that no calibration text reached, and the share of tokens that go to others than in the original
     """
     weights = sum(x.shape[0] * x.shape[1] for x in context.layout.layers)
     targets = {
@@ -67,4 +69,7 @@ def make_report(
         conflict=near,
         uniform=uniform,
         seconds=dict(run._seconds),
+        unreached_experts=experts[0],
+        routing=experts[1],
+        full_precision=run.sizes.full_precision(),
     )

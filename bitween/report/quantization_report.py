@@ -73,6 +73,8 @@ class QuantizationReport:
     seconds : {stage: seconds}
     machine : what it ran on
     unreached_experts : experts that no calibration token was routed to; they were rounded by their weights alone
+    routing : {module of experts: share of the selection text's tokens that go to another set of experts than in the
+        original model}; empty where there are none
     full_precision : what no plan could change and holds a thousandth of the bytes or more: name, bytes, why
     """
 
@@ -91,6 +93,7 @@ class QuantizationReport:
     seconds: dict[str, float]
     machine: dict[str, Any] = field(default_factory=machine)
     unreached_experts: list[str] = field(default_factory=list)
+    routing: dict[str, float] = field(default_factory=dict)
     full_precision: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -128,6 +131,10 @@ class QuantizationReport:
         if self.unreached_experts:
             kind = "layers " if "budget" in t else "experts"
             lines.append(f"  {kind}   {len(self.unreached_experts)} were reached by no calibration text")
+        if self.routing:
+            worst = max(self.routing, key=self.routing.get)
+            mean = sum(self.routing.values()) / len(self.routing)
+            lines.append(f"  routing   {mean:.1%} of tokens go to other experts, {self.routing[worst]:.1%} in {worst}")
         for entry in self.full_precision:
             share = entry["bytes"] / m.original_total if m.original_total else 0.0
             lines.append(f"  kept      {entry['name']} ({share:.1%} of the bytes): {entry['why']}")

@@ -179,3 +179,5 @@ def test_experts_that_no_text_reaches_are_counted():
     assert report.unreached_experts
     assert all(name.endswith(".3") for name in report.unreached_experts)
     assert "reached by no calibration text" in str(report)
+    assert set(report.routing) == {f"model.layers.{i}.mlp.experts" for i in range(len(model.model.layers))}
+    assert "of tokens go to other experts" in str(report)

@@ -1,0 +1,57 @@
+"""How often routers choose otherwise, against the models' own router logits."""
+
+import copy
+
+import pytest
+import torch
+
+from bitween.model.blocks import BlockRunner, inspect
+from bitween.model.experts import unfolded
+from bitween.realise.context import RunContext
+from bitween.realise.routing import routing_changes
+from tests.tiny_models import make, tokens
+
+WINDOWS = tokens(3, 20)
+FAMILIES = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+}
+
+
+def _context(model):
+    options = {"calibration_data": tokens(12, 16), "length": 16, "calibration_samples": 4, "bounded": False}
+    return RunContext.build(model, None, evaluation_samples=2, selection_samples=2, **options)
+
+
+def _candidate(model):
+    model = unfolded(model)
+    return BlockRunner(model, inspect(model))
+
+
+def _chosen(model, chosen=2):
+    """(blocks, tokens, experts) 1 where the model's own router logits put an expert among the largest."""
+    with torch.no_grad():
+        found = model(WINDOWS, output_router_logits=True).router_logits
+    return torch.stack([torch.zeros_like(x).scatter(-1, x.topk(chosen, -1).indices, 1.0) for x in found])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_are_those_of_the_models_own_router_logits(family):
+    model = make(family, **FAMILIES[family])
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+    expected = (_chosen(model) != _chosen(changed)).any(-1).double().mean(-1)
+    found = routing_changes(_context(model), _candidate(changed), WINDOWS)
+    assert list(found) == [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    assert list(found.values()) == pytest.approx(expected.tolist())
+    assert 0 < max(found.values()) < 1
+
+
+def test_nothing_changes_in_the_model_itself_and_nothing_is_told_without_experts():
+    model = make("mixtral", **FAMILIES["mixtral"])
+    context = _context(model)
+    assert set(routing_changes(context, context.runner, WINDOWS).values()) == {0.0}
+    assert not any(m._forward_pre_hooks for m in context.model.modules())
+    dense = _context(make("llama"))
+    assert routing_changes(dense, dense.runner, WINDOWS) == {}
