@@ -50,7 +50,9 @@ def test_a_floor_of_noise_does_not_spoil_the_prediction():
     assert descent.floor == pytest.approx(0.0024, rel=0.1)
 
 
-@pytest.mark.parametrize("real", [lambda t: 2 * t, lambda t: 0.002 + t, lambda t: 0.6 * t**1.1], ids=str)
+@pytest.mark.parametrize(
+    "real", [lambda t: 2 * t, lambda t: 0.002 + t, lambda t: 0.6 * t**1.1], ids=("twice", "a floor", "a power")
+)
 def test_the_fewest_bytes_within_the_budget(real):
     descent = make(real)
     assert descent.walk(480_000, 125_000, 2) is None or not descent.stages[-1].accepted
