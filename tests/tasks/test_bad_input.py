@@ -97,3 +97,9 @@ def test_adapters_are_refused_with_the_way_out():
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="merge_and_unload"):
         Bitween(adapted)
+
+
+@pytest.mark.parametrize("given", [None, "good", [], float("nan"), {"accuracy": 0.9}, [[1.0, 2.0]]], ids=repr)
+def test_a_metric_that_gives_no_numbers(given):
+    with pytest.raises(ValueError, match="metric: expected a finite number, or one an example"):
+        gradual(nn.Linear(16, 4), X, max_damage=None, metric=lambda model: given, max_metric_drop=0.1).quantize()

@@ -140,7 +140,10 @@ class WholeEvaluator:
             return self._scores
         with settled(model), torch.no_grad():
             given = self.budget.metric(model)
-        scores = np.atleast_1d(np.asarray(torch.as_tensor(given).detach().cpu().double()))
+        try:
+            scores = np.atleast_1d(np.asarray(torch.as_tensor(given).detach().cpu().double()))
+        except (TypeError, ValueError, RuntimeError):  # what torch says of None, of words, of objects
+            scores = np.empty(0)
         if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
             raise ValueError(f"metric: expected a finite number, or one an example; got {given!r}")
         if model is self.context.model:
