@@ -67,7 +67,7 @@ bw_status bw_linear_needs(const bw_linear *linear, ptrdiff_t *scratch, ptrdiff_t
 static int same_tokens(const bw_work *a, const bw_work *b) {
     const bw_linear *x = a->part->linear, *y = b->part->linear;
     if (x->kind != y->kind || x->mode != y->mode || x->kind == BW_PLAIN) return 0;
-    return x->kind == BW_TRELLIS || !x->mode || a->few.cell_shift == b->few.cell_shift;
+    return x->kind == BW_TRELLIS || !x->mode || bw_same_token(&a->few, &b->few);
 }
 
 static void prepare(bw_decoding *d, bw_work *work, char *tokens, const float *x, ptrdiff_t x_stride) {

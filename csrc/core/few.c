@@ -2,6 +2,7 @@
 #include "few.h"
 
 #include "alloc.h"
+#include "cpu.h"
 #include "matmul.h"
 #include "scheme.h"
 
@@ -19,6 +20,7 @@ ptrdiff_t bw_describe_few(const bw_quantized *w, const bw_layout *l, bw_mode mod
     few->layout = l;
     few->digits = (int)mode;
     few->bits = bw_level_bits(w->scheme.levels);
+    few->order = ternary || !mode ? 0 : bw_cpu()->token_order(few->bits);
     few->zero = bw_symmetric_zero(w->scheme.levels);
     few->group_shift = one_group ? 62 : __builtin_ctzll((unsigned long long)l->group);
     few->cell_shift = few->group_shift < 6 ? few->group_shift : 6;

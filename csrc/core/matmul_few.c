@@ -66,10 +66,10 @@ static void describe(few_job *job) {
     job->rows_per_chunk = rows < BW_FEW_ROWS ? BW_FEW_ROWS : rows;
 }
 
-/* The tokens of an earlier product that a later one may read: both look at them in the same cells. */
+/* The tokens of an earlier product that a later one may read: both look at them in the same cells and order. */
 static const few_job *same_tokens(const few_jobs *all, const few_job *job) {
     for (const few_job *other = all->jobs; other < job; other++)
-        if (!job->few.digits || other->few.cell_shift == job->few.cell_shift) return other;
+        if (!job->few.digits || bw_same_token(&other->few, &job->few)) return other;
     return NULL;
 }
 

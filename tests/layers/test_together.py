@@ -97,3 +97,19 @@ def test_bad_input_is_refused_by_the_core():
     ]:
         with pytest.raises(error, match=match):
             _core.matmul_together(x, layers, outs, 0)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int16"])
+@pytest.mark.parametrize("group", [32, 128])
+def test_widths_that_want_activations_in_another_order_do_not_share_them(mode, group):
+    schemes = [Scheme(bits, group) for bits in (2, 4, 8, 3)] + [Scheme(1.58, group, True), Scheme(5, group)]
+    layers = torch.nn.ModuleList(QuantizedLinear(quantize(torch.randn(24, 200), scheme)) for scheme in schemes)
+    set_matmul_mode(layers, mode)
+    x = torch.randn(3, 200)
+    for chosen in (list(layers)[:4], list(layers)[2:], [layers[1], layers[1], layers[0]]):
+        with torch.no_grad():
+            found = bitween.multiply_together(chosen, x)
+            plain = [x @ layer.dequantize(torch.float32).T for layer in chosen]
+            assert all(map(torch.equal, found, [layer(x) for layer in chosen]))
+        for got, want in zip(found, plain, strict=True):
+            assert (got - want).abs().max() < (0.2 if mode == "int8" else 2e-3) * want.std()

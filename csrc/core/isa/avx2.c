@@ -223,9 +223,90 @@ static inline bw_vf bw_code_floats(bw_codes codes, int k) {
     if (k % 2) return (bw_vf){widen_codes(_mm256_extracti128_si256(a, 1)), widen_codes(_mm256_extracti128_si256(b, 1))};
     return (bw_vf){widen_codes(_mm256_castsi256_si128(a)), widen_codes(_mm256_castsi256_si128(b))};
 }
-/* 64 whole numbers of 16 bits, in the order of the codes. */
-static inline void bw_store_digits(void *record, const bw_vf *whole, int digits) {
-    (void)digits;
+/* Codes of 2, 3 and 4 bits fit bytes whose products with bytes, summed in fours, never saturate 16 bits. Each 16
+ * columns are an eighth of two registers, in the order that shifts leave them in: 4 bits: columns 0 2 4 .. 14, 1 3 5 ..
+ * 15;  3 bits: as they are;  2 bits: 0 4 8 12, 1 5 9 13, 2 6 10 14, 3 7 11 15 */
+#define BW_NARROW
+static int token_order(int bits) {
+    return bits >= 2 && bits <= 4 ? bits : 0;
+}
+static inline __m128i narrow_order(int order) {
+    if (order == 4) return _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    if (order == 2) return _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm_set_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+static inline bw_codes bw_take_narrow(const bw_span *span, int bits) {
+    bw_codes codes;
+    for (int h = 0; h < 2; h++) {
+        if (bits == 4) {
+            __m256i twice = _mm256_permute4x64_epi64(_mm256_castsi128_si256(load_half(span->p, h)), 0x50);
+            __m256i moved = _mm256_srlv_epi64(twice, _mm256_set_epi64x(4, 0, 4, 0));
+            codes.v[h] = _mm256_and_si256(moved, _mm256_set1_epi8(15));
+        } else if (bits == 2) {
+            const __m256i pick = _mm256_add_epi8(_mm256_set_epi32(0x07060504, 0x07060504, 0x07060504, 0x07060504,
+                                                                  0x03020100, 0x03020100, 0x03020100, 0x03020100),
+                                                 _mm256_set1_epi8((char)(8 * h)));
+            __m256i four_times = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(span->p, 0)), pick);
+            __m256i moved = _mm256_srlv_epi32(four_times, _mm256_set_epi32(6, 4, 2, 0, 6, 4, 2, 0));
+            codes.v[h] = _mm256_and_si256(moved, _mm256_set1_epi8(3));
+        } else { /* pairs of codes, 6 bits in two bytes, moved to the end of 16 bits; then one to each byte */
+            const __m256i pick = _mm256_set_epi8(12, 11, 11, 10, 10, 9, 10, 9, 9, 8, 8, 7, 7, 6, 7, 6, /* from bit 48 */
+                                                 6, 5, 5, 4, 4, 3, 4, 3, 3, 2, 2, 1, 1, 0, 1, 0);
+            const __m256i lift = _mm256_set1_epi64x(0x0100004000100400);
+            __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(span->p + 12 * h)));
+            __m256i pairs = _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, pick), lift), 10);
+            codes.v[h] =
+                _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 5)), _mm256_set1_epi16(0x0707));
+        }
+    }
+    return codes;
+}
+/* Sums of pairs of products of 64 codes with the bytes of one digit. */
+static inline __m256i narrow_pairs(bw_codes codes, int h, const char *record) {
+    return _mm256_maddubs_epi16(codes.v[h], _mm256_loadu_si256((const __m256i *)record + h));
+}
+/* Sums of four products a lane: codes times whole numbers. */
+static inline bw_vf bw_dot_narrow(bw_codes codes, const char *record, int digits) {
+    __m256i sums[2];
+    for (int h = 0; h < 2; h++) {
+        sums[h] = _mm256_madd_epi16(narrow_pairs(codes, h, record), _mm256_set1_epi16(digits == 2 ? 256 : 1));
+        if (digits == 2)
+            sums[h] =
+                _mm256_add_epi32(sums[h], _mm256_madd_epi16(narrow_pairs(codes, h, record + 64), _mm256_set1_epi16(1)));
+    }
+    return (bw_vf){_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])};
+}
+/* sum + scale times the products of a whole unit, in any of the lanes. */
+static inline bw_vf bw_add_narrow(bw_vf sum, bw_codes codes, const char *record, int digits, float scale) {
+    __m256i upper = _mm256_add_epi16(narrow_pairs(codes, 0, record), narrow_pairs(codes, 1, record));
+    __m256i whole = _mm256_madd_epi16(upper, _mm256_set1_epi16(digits == 2 ? 256 : 1));
+    if (digits == 2) {
+        __m256i lower = _mm256_add_epi16(narrow_pairs(codes, 0, record + 64), narrow_pairs(codes, 1, record + 64));
+        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(lower, _mm256_set1_epi16(1)));
+    }
+    return (bw_vf){_mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(scale), sum.a), sum.b};
+}
+
+/* Whole numbers that meet narrow codes: their upper bytes, in the codes' order, and then the lower ones, all signed. */
+static inline void store_bytes(char *record, const bw_vf *whole, int digits, int order) {
+    for (int k = 0; k < 4; k++) {
+        __m256i a = _mm256_cvtps_epi32(whole[k].a), b = _mm256_cvtps_epi32(whole[k].b);
+        __m256i n = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        __m256i upper = _mm256_srai_epi16(_mm256_add_epi16(n, _mm256_set1_epi16(128)), 8);
+        __m256i lower = _mm256_srai_epi16(_mm256_slli_epi16(n, 8), 8);
+        __m256i bytes = _mm256_packs_epi16(digits == 2 ? upper : n, lower);
+        bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
+        __m128i pick = narrow_order(order);
+        _mm_storeu_si128((__m128i *)record + k, _mm_shuffle_epi8(_mm256_castsi256_si128(bytes), pick));
+        _mm_storeu_si128((__m128i *)record + 4 + k, _mm_shuffle_epi8(_mm256_extracti128_si256(bytes, 1), pick));
+    }
+}
+/* For narrow codes bytes; else 64 whole numbers of 16 bits, in the order of the codes. */
+static inline void bw_store_digits(void *record, const bw_vf *whole, int digits, int order) {
+    if (order) {
+        store_bytes(record, whole, digits, order);
+        return;
+    }
     for (int h = 0; h < 2; h++) {
         bw_vf x = whole[2 * h], y = whole[2 * h + 1];
         __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(y.a));

@@ -207,7 +207,8 @@ static inline bw_vf bw_code_floats(bw_codes codes, int k) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen));
 }
 /* 64 whole numbers: signed bytes, or the upper bytes and then the lower ones, both signed. */
-static inline void bw_store_digits(void *record, const bw_vf *whole, int digits) {
+static inline void bw_store_digits(void *record, const bw_vf *whole, int digits, int order) {
+    (void)order;
     for (int k = 0; k < 4; k++) {
         __m512i n = _mm512_cvtps_epi32(whole[k]);
         __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);

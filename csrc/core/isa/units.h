@@ -65,7 +65,8 @@ static inline bw_codes bw_take_ternary(const bw_span *span, int k, const bw_read
 static inline bw_vf bw_code_floats(bw_codes codes, int k) {
     return bw_load_u8(codes.v + 16 * k);
 }
-static inline void bw_store_digits(void *record, const bw_vf *whole, int digits) {
+static inline void bw_store_digits(void *record, const bw_vf *whole, int digits, int order) {
+    (void)order;
     (void)digits;
     int16_t n[64];
     for (int k = 0; k < 4; k++) {

@@ -40,6 +40,7 @@
         .block_max = block_max,                     \
         .block_exp = block_exp,                     \
         .block_kl = block_kl,                       \
+        .token_order = token_order,                 \
         .prepare_token = prepare_token,             \
         .multiply_rows = multiply_rows,             \
         .trellis_walk = trellis_walk,               \

@@ -10,8 +10,8 @@
  *
  * A token as prepared once a call:
  *   exact:   fp32, padded with zeros to whole units
- *   digits:  128 bytes of whole numbers a unit, in the order that suits the instruction set; then, one fp32 a cell and
- *            padded with zeros to 16: the scales t; the sums of n */
+ *   digits:  128 bytes of whole numbers a unit, in the order that suits the instruction set and the codes that they
+ *            will meet; then, one fp32 a cell and padded with zeros to 16: the scales t; the sums of n */
 
 enum {
     UNIT = 64,
@@ -25,6 +25,17 @@ enum {
 static inline float largest_whole(int digits) {
     return digits == 1 ? 127.0f : 32512.0f;
 }
+
+/* How codes of a unit are read: by the instruction set's general way, as ternary ones, or, where it has more ways for
+ * narrow codes, in the order of that number. */
+enum { DENSE_CODES = 0, TERNARY_CODES = 1 };
+
+#ifndef BW_NARROW
+static int token_order(int bits) {
+    (void)bits;
+    return DENSE_CODES;
+}
+#endif
 
 /* One cell of a token: whole numbers of its n vectors of 16 columns; their scale, NaN when a value is not finite. */
 static inline float round_cell(const float *x, int n, int digits, bw_vf *whole) {
@@ -55,7 +66,7 @@ static void prepare_token(const bw_few *job, const float *x, char *token) {
             scales[u * cells + c] = scale;
             sums[u * cells + c] = bw_sum(sum);
         }
-        bw_store_digits(token, whole, job->digits);
+        bw_store_digits(token, whole, job->digits, job->order);
     }
 }
 
@@ -200,13 +211,23 @@ static inline void start_exact(const bw_few *job, row_block *b) {
 /* sums[t * ROWS_AT_ONCE] += one unit of row r times n_tokens tokens. `digits` 0 is exact; `wide`: a cell is a unit. */
 static inline __attribute__((always_inline)) void add_unit(const bw_few *job, const row_block *b, int r, bw_codes codes,
                                                            const char *const *tokens, ptrdiff_t unit, int n_tokens,
-                                                           int digits, int wide, bw_vf *sums) {
+                                                           int digits, int coding, int wide, bw_vf *sums) {
     ptrdiff_t cell = wide ? unit : unit * UNIT >> job->cell_shift;
     for (int t = 0; digits && t < n_tokens; t++) {
         const float *scale = b->scales + (t * ROWS_AT_ONCE + r) * b->stride + cell;
-        bw_vf dot = bw_dot(codes, tokens[t] + unit * 2 * UNIT, digits), *sum = sums + t * ROWS_AT_ONCE;
+        const char *whole = tokens[t] + unit * 2 * UNIT;
+        bw_vf *sum = sums + t * ROWS_AT_ONCE;
+#ifdef BW_NARROW
+        if (coding > TERNARY_CODES) {
+            if (wide) *sum = bw_add_narrow(*sum, codes, whole, digits, *scale);
+            else *sum = bw_fma(bw_dot_narrow(codes, whole, digits), bw_spread(bw_load(scale), job->lanes), *sum);
+            continue;
+        }
+#endif
+        bw_vf dot = bw_dot(codes, whole, digits);
         *sum = bw_fma(dot, wide ? bw_set(*scale) : bw_spread(bw_load(scale), job->lanes), *sum);
     }
+    (void)coding;
     for (int k = 0; !digits && k < 4; k++) {
         ptrdiff_t at = r * b->stride + cell + (wide ? 0 : job->lanes[4 * k]);
         bw_vf weight = bw_mul(bw_sub(bw_code_floats(codes, k), bw_set(b->zeros[at])), bw_set(b->scales[at]));
@@ -215,6 +236,14 @@ static inline __attribute__((always_inline)) void add_unit(const bw_few *job, co
             sums[t * ROWS_AT_ONCE] = bw_fma(weight, x, sums[t * ROWS_AT_ONCE]);
         }
     }
+}
+
+static inline bw_codes take_codes(const bw_span *span, int k, const bw_reader *reader, int coding) {
+    if (coding == TERNARY_CODES) return bw_take_ternary(span, k, reader);
+#ifdef BW_NARROW
+    if (coding) return bw_take_narrow(span, coding);
+#endif
+    return bw_take_dense(span, reader);
 }
 
 /* Sets with registers for a unit compile the main loop for each case; those in plain C share one. */
@@ -229,8 +258,9 @@ static inline __attribute__((always_inline)) void add_unit(const bw_few *job, co
 #endif
 
 /* out (n_tokens rows of OUT_STRIDE) = the block times tokens. */
-BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t token, int n_tokens, int digits,
-                                 int ternary, int wide, float *out) {
+BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t token, int n_tokens, int digits, int coding,
+                                 int wide, float *out) {
+    int ternary = coding == TERNARY_CODES;
     const char *tokens[TOKENS_AT_ONCE];
     bw_vf sums[ROWS_AT_ONCE * TOKENS_AT_ONCE];
     for (int t = 0; t < n_tokens; t++) tokens[t] = job->tokens + (token + t) * job->token_bytes;
@@ -248,8 +278,8 @@ BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t toke
         }
         for (int k = 0; k < units && first + k < job->n_units; k++)
             for (int r = 0; r < ROWS_AT_ONCE; r++) {
-                bw_codes codes = ternary ? bw_take_ternary(&spans[r], k, &reader) : bw_take_dense(&spans[r], &reader);
-                add_unit(job, b, r, codes, tokens, first + k, n_tokens, digits, wide, sums + r);
+                bw_codes codes = take_codes(&spans[r], k, &reader, coding);
+                add_unit(job, b, r, codes, tokens, first + k, n_tokens, digits, coding, wide, sums + r);
             }
     }
     for (int t = 0; t < n_tokens; t++) bw_sum_four(sums + t * ROWS_AT_ONCE, out + t * OUT_STRIDE);
@@ -257,24 +287,29 @@ BW_EACH_CASE void multiply_block(const bw_few *job, row_block *b, ptrdiff_t toke
 
 #undef BW_EACH_CASE
 
-/* The loop above for one or four tokens, zero to two digits, both codings, both widths of a cell. */
+/* The loop above for one or four tokens, zero to two digits, all codings, both widths of a cell. */
 static inline __attribute__((always_inline)) void choose_digits(const bw_few *job, row_block *b, ptrdiff_t token,
-                                                                int n_tokens, int ternary, int wide, float *out) {
-    if (job->digits == 1) multiply_block(job, b, token, n_tokens, 1, ternary, wide, out);
-    else if (job->digits == 2) multiply_block(job, b, token, n_tokens, 2, ternary, wide, out);
-    else multiply_block(job, b, token, n_tokens, 0, ternary, wide, out);
+                                                                int n_tokens, int coding, int wide, float *out) {
+    if (job->digits == 1) multiply_block(job, b, token, n_tokens, 1, coding, wide, out);
+    else if (job->digits == 2) multiply_block(job, b, token, n_tokens, 2, coding, wide, out);
+    else if (coding <= TERNARY_CODES) multiply_block(job, b, token, n_tokens, 0, coding, wide, out);
+}
+
+static inline __attribute__((always_inline)) void choose_width(const bw_few *job, row_block *b, ptrdiff_t token,
+                                                               int n_tokens, int coding, float *out) {
+    if (job->cell_shift == 6) choose_digits(job, b, token, n_tokens, coding, 1, out);
+    else choose_digits(job, b, token, n_tokens, coding, 0, out);
 }
 
 static inline __attribute__((always_inline)) void choose_coding(const bw_few *job, row_block *b, ptrdiff_t token,
                                                                 int n_tokens, float *out) {
-    int wide = job->cell_shift == 6;
-    if (job->weight->scheme.levels == 3) {
-        if (wide) choose_digits(job, b, token, n_tokens, 1, 1, out);
-        else choose_digits(job, b, token, n_tokens, 1, 0, out);
-    } else {
-        if (wide) choose_digits(job, b, token, n_tokens, 0, 1, out);
-        else choose_digits(job, b, token, n_tokens, 0, 0, out);
-    }
+    if (job->weight->scheme.levels == 3) choose_width(job, b, token, n_tokens, TERNARY_CODES, out);
+#ifdef BW_NARROW
+    else if (job->order == 2) choose_width(job, b, token, n_tokens, 2, out);
+    else if (job->order == 3) choose_width(job, b, token, n_tokens, 3, out);
+    else if (job->order == 4) choose_width(job, b, token, n_tokens, 4, out);
+#endif
+    else choose_width(job, b, token, n_tokens, DENSE_CODES, out);
 }
 
 static void multiply_four(const bw_few *job, row_block *b, ptrdiff_t token, float *out) {

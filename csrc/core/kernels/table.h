@@ -43,6 +43,7 @@ typedef struct {
     ptrdiff_t rows_ahead;                     /* those of later rows that are fetched into the cache meanwhile */
     int digits;                               /* bytes of a rounded activation; 0 = exact */
     int bits;                                 /* of a dense code, or of a zero */
+    int order;                                /* of a token's whole numbers, as `token_order` gives it */
     float zero;                               /* of a symmetric scheme */
     int cell_shift, group_shift;              /* column >> shift is its cell, its group */
     int32_t lanes[16];                        /* cell of each lane of a unit, counted from the unit's first */
@@ -143,6 +144,7 @@ typedef struct {
 
     /* kernels/product.h: x, padded with zeros to whole units, to whole numbers; out (n_tokens, n), fp32 and
      * rows BW_FEW_ROWS apart, = tokens times n rows from `row` on, or BW_ERR_SCALE. */
+    int (*token_order)(int bits); /* of whole numbers that meet dense codes of so many bits; 0: as other codes */
     void (*prepare_token)(const bw_few *job, const float *x, char *token);
     bw_status (*multiply_rows)(const bw_few *job, ptrdiff_t row, ptrdiff_t n, ptrdiff_t n_tokens, char *scratch,
                                float *out);
