@@ -28,15 +28,27 @@ PERFORMANCE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 def alternate(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, after one run of each to warm up."""
+    return {name: [wall for wall, _ in took] for name, took in alternate_with_cpu(candidates, rounds).items()}
+
+
+def alternate_with_cpu(
+    candidates: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, seconds of CPU time in all threads) of each candidate in each round, after one run of each to warm up.
+
+    A candidate that works in another process returns the CPU time of that one, a float. Threads that spin while they
+    wait count as working.
+    """
     for run in candidates.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            wall, cpu = time.perf_counter(), time.process_time()
+            elsewhere = run()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            took[name].append((wall, elsewhere if isinstance(elsewhere, float) else cpu))
+    return took
 
 
 def median_ratio(top: Sequence[float], bottom: Sequence[float]) -> float:

@@ -1,23 +1,28 @@
 """Tokens a second of transformers' generate, batch 1: quantized models against the bfloat16 model they came from.
 
     python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--isa avx2]
-        [--llama PYTHON] [--tokens 48] [--rounds 5]
+        [--llama PYTHON] [--tokens 64] [--rounds 5] [--threads 2] [--modes int16 int8 exact]
 
-All take turns in one process. One model is rounded to one scheme, embedding and head included, since only the time
-counts here; --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set.
---llama names an interpreter with llama-cpp-python: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
-which holds bitween's own codes, in a process of its own that works only in its turn. "x bf16" is the median over
-rounds of the ratio of the two. "layer by layer" is transformers' own forward pass on the same packed layers; its text
-has to be the same. The second table tells where the time of a token goes, as the core takes it: CPU time of all
-threads.
+MODEL_DIR may be "random": a Llama of SmolLM2-135M's shape with random weights, which takes the same time. All take
+turns in one process. One model is rounded to one scheme, embedding and head included, since only the time counts here;
+--quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set. --llama names
+an interpreter with llama-cpp-python or xllamacpp: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
+which holds bitween's own codes, in a process of its own that works only in its turn.
 
-Writes results/generate.json and the table of docs/performance.md.
+Columns: "CPU ms" is the CPU time of a token in all threads, which another program on the machine disturbs less than
+the time of the clock; "x bf16" and "x slow path" are medians over rounds of the ratio to the original and to
+transformers' own forward pass on the same packed layers ("layer by layer"), by the clock and by CPU time. The text of
+both paths has to be the same. The second table is a prompt of 512 tokens up to its first token, and a model's first
+token from its files on. The third tells where the time of a token goes, as the core takes it.
+
+Writes results/generate.json and the tables of docs/performance.md; --dry only prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import subprocess
 import sys
@@ -28,7 +33,7 @@ from pathlib import Path
 
 import common
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import bitween
 from bitween import Bitween, _core, decode
@@ -38,17 +43,17 @@ from bitween.layers import linear
 from bitween.model.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
-GGUF = "4b g32 sym in llama.cpp"
+LONG = 512  # tokens of the long prompt
+GGUF, ORIGINAL, SLOW = "4b g32 sym in llama.cpp", "original, bfloat16", ", layer by layer"
+TOKENIZER = Path(__file__).parent.parent / "tests/tiny/model"
 
 
-class Writers:
-    """What takes turns: {name: function that writes the tokens}, {name: bytes}."""
+class Candidates:
+    """What takes turns: {name: function of a prompt and a number of tokens}, {name: bytes}."""
 
-    def __init__(self, tokenizer, tokens: int) -> None:
-        self.ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-        self.options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-        self.options |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        self.run: dict[str, Callable[[], object]] = {}
+    def __init__(self) -> None:
+        self.write: dict[str, Callable[[torch.Tensor, int], object]] = {}
+        self.load: dict[str, Callable[[], object]] = {}
         self.nbytes: dict[str, int] = {}
         self.text: dict[str, torch.Tensor] = {}
 
@@ -58,40 +63,69 @@ class Writers:
         """A model, with few rows multiplied in a mode, on an instruction set, its steps taken by the core or not."""
         own = bitween.info()["isa"]
 
-        def write() -> None:
+        def write(ids: torch.Tensor, tokens: int) -> None:
             (decode.attach if core else decode.detach)(model)
             if mode:
                 bitween.set_matmul_mode(model, mode)
             _core.set_isa(isa or own)
-            self.text[name] = model.generate(self.ids, **self.options)
+            self.text[name] = generate(model, ids, tokens)
             _core.set_isa(own)
 
-        self.run[name], self.nbytes[name] = write, model_bytes(model)
+        self.write[name], self.nbytes[name] = write, model_bytes(model)
+
+    def runs(self, ids: torch.Tensor, tokens: int) -> dict[str, Callable[[], object]]:
+        return {name: lambda write=write: write(ids, tokens) for name, write in self.write.items()}
 
 
-def llama(stack: contextlib.ExitStack, python: str, model, tokenizer, tokens: int) -> tuple[Callable, int, str] | None:
-    """(function that has llama.cpp write the tokens, bytes of its file, version), or None where it is not installed."""
-    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
-    export_gguf(model, tokenizer, path)
-    script = Path(__file__).with_name("llama_generate.py")
-    command = [python, str(script), str(path), PROMPT, str(tokens), str(torch.get_num_threads())]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stack.callback(process.wait)
-    stack.callback(process.stdin.close)
-    version = process.stdout.readline().strip()
-    if not version:
-        return None
+def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    model.generation_config.eos_token_id = None  # to write on without processors of logits that forbid the end
+    return model.generate(ids, do_sample=False, pad_token_id=0, max_new_tokens=tokens)
 
-    def write() -> None:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        if not process.stdout.readline():
+
+def random_model(folder: str) -> str:
+    """A Llama of SmolLM2-135M's shape, with random weights and the tokenizer of the tests' model."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return folder
+
+
+class Llama:
+    """llama.cpp in a process of its own, on the GGUF of a model."""
+
+    def __init__(self, stack: contextlib.ExitStack, python: str, model, tokenizer, tokens: int) -> None:
+        self.path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
+        export_gguf(model, tokenizer, self.path)
+        script = Path(__file__).with_name("llama_generate.py")
+        command = [python, str(script), str(self.path), str(tokens), str(torch.get_num_threads())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.stdin.close)
+        self.version = self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> float:
+        """CPU seconds that it took."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
             raise RuntimeError("llama.cpp ended early")
+        return float(answer)
 
-    return write, path.stat().st_size, version
+    def write(self, ids: torch.Tensor, tokens: int) -> float:
+        return self.ask(f"{json.dumps(ids[0].tolist())} {tokens}")
 
 
-def shares(writers: Writers, name: str, tokens: int) -> list[dict[str, object]]:
+def shares(candidates: Candidates, name: str, ids: torch.Tensor, tokens: int) -> list[dict[str, object]]:
     """Milliseconds of CPU time a token takes in the core's step, in the head and in Python around them."""
     spent = {"blocks, in the core": 0.0, "products outside of it: the head, and the prompt": 0.0}
 
@@ -111,72 +145,126 @@ def shares(writers: Writers, name: str, tokens: int) -> list[dict[str, object]]:
 
             return run
 
-    writers.run[name]()
+    candidates.write[name](ids, tokens)
     stepping._core, linear._core = (Timed(key) for key in spent)
     try:
         start = time.process_time()
-        writers.run[name]()
+        candidates.write[name](ids, tokens)
         total = time.process_time() - start
     finally:
         stepping._core = linear._core = _core
     spent["transformers' loop and the rest of Python"] = total - sum(spent.values())
-    return [{"part": k, "ms": 1e3 * v / tokens, "share": v / total} for k, v in spent.items()]
+    return [{"part": k, "CPU ms": 1e3 * v / tokens, "share": v / total} for k, v in spent.items()]
+
+
+def generating(candidates: Candidates, slow: str, ids: torch.Tensor, tokens: int, rounds: int) -> list[dict]:
+    took = common.alternate_with_cpu(candidates.runs(ids, tokens), rounds)
+    wall = {name: [pair[0] for pair in pairs] for name, pairs in took.items()}
+    cpu = {name: [pair[1] for pair in pairs] for name, pairs in took.items()}
+    return [
+        {
+            "model": name,
+            "MiB": candidates.nbytes[name] / 2**20,
+            "tokens/s": tokens / statistics.median(wall[name]),
+            "CPU ms": 1e3 * statistics.median(cpu[name]) / tokens,
+            "x bf16": common.median_ratio(wall[ORIGINAL], wall[name]),
+            "x slow path": common.median_ratio(wall[slow], wall[name]),
+            "x bf16, CPU": common.median_ratio(cpu[ORIGINAL], cpu[name]),
+            "x slow path, CPU": common.median_ratio(cpu[slow], cpu[name]),
+        }
+        for name in took
+    ]
+
+
+def beginning(candidates: Candidates, long: torch.Tensor, rounds: int) -> list[dict]:
+    """A long prompt up to its first token, and the first token of a model from its files on."""
+    names = [name for name in candidates.load if name in candidates.write]
+    runs = candidates.runs(long, 1)
+    prompt = common.alternate_with_cpu({name: runs[name] for name in names}, rounds)
+    first = common.alternate_with_cpu({name: candidates.load[name] for name in names}, rounds)
+    median = statistics.median
+    return [
+        {
+            "model": name,
+            f"{LONG} tokens, s": median(wall for wall, _ in prompt[name]),
+            "CPU s": median(cpu for _, cpu in prompt[name]),
+            "loading and a first token, s": median(wall for wall, _ in first[name]),
+            "and its CPU s": median(cpu for _, cpu in first[name]),
+        }
+        for name in names
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="directory of a causal language model")
+    parser.add_argument("model", help="directory of a causal language model, or random")
     parser.add_argument("--quantized", help="directory of the same model, quantized")
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--isa", choices=bitween.info()["isas"])
-    parser.add_argument("--llama", metavar="PYTHON", help="interpreter with llama-cpp-python")
-    parser.add_argument("--tokens", type=int, default=48, help="to generate")
+    parser.add_argument("--llama", metavar="PYTHON", help="interpreter with llama-cpp-python or xllamacpp")
+    parser.add_argument("--tokens", type=int, default=64, help="to generate")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--modes", nargs="+", default=["int16", "int8", "exact"])
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with contextlib.ExitStack() as stack:
+        measure(options, stack)
+
+
+def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    if options.model == "random":
+        options.model = random_model(stack.enter_context(tempfile.TemporaryDirectory()))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    long = torch.randint(10, 250, (1, LONG), generator=torch.Generator().manual_seed(0))
+    candidates = Candidates()
 
     def rounded(bits: float, group_size: int, symmetric: bool):
         return Bitween(original, None, bits, group_size, symmetric, embeddings=True).quantize(rtn=True)
 
+    def loading(load: Callable[[], torch.nn.Module]) -> Callable[[], object]:
+        return lambda: generate(load(), ids, 1)
+
     uniform = rounded(options.bits, options.group_size, False)
     name = str(bitween.Scheme(options.bits, options.group_size))
-    writers = Writers(tokenizer, options.tokens)
-    writers.add("original, bfloat16", original)
-    for mode in ("int16", "int8", "exact"):
-        writers.add(f"{name}, {mode}", uniform, mode)
-    writers.add(f"{name}, int16, layer by layer", uniform, "int16", core=False)
+    fast = f"{name}, {options.modes[0]}"
+    folder = stack.enter_context(tempfile.TemporaryDirectory()) + "/model"
+    bitween.save_model(uniform, tokenizer, folder)
+    candidates.add(ORIGINAL, original)
+    candidates.load[ORIGINAL] = loading(lambda: AutoModelForCausalLM.from_pretrained(options.model))
+    for mode in options.modes:
+        candidates.add(f"{name}, {mode}", uniform, mode)
+    candidates.load[fast] = loading(lambda: bitween.load_model(folder)[0])
+    candidates.add(fast + SLOW, uniform, options.modes[0], core=False)
     if options.isa:
-        writers.add(f"{name}, int16, {options.isa}", uniform, "int16", options.isa)
+        candidates.add(f"{fast}, {options.isa}", uniform, options.modes[0], options.isa)
     if options.quantized:
-        writers.add("mixed plan, int16", bitween.load_model(options.quantized)[0], "int16")
-    with contextlib.ExitStack() as stack:
-        if options.llama:
-            theirs = rounded(4, 32, True)
-            writers.add("4b g32 sym, int16", theirs, "int16")
-            found = llama(stack, options.llama, theirs, tokenizer, options.tokens)
-            if found is None:
-                print("llama-cpp-python: not installed", file=sys.stderr)
-            else:
-                writers.run[GGUF], writers.nbytes[GGUF], version = found
-                print("llama-cpp-python", version)
-        seconds = common.alternate(writers.run, options.rounds)
-    rows = [
-        {
-            "model": name,
-            "MiB": writers.nbytes[name] / 2**20,
-            "tokens/s": options.tokens / statistics.median(took),
-            "x bf16": common.median_ratio(seconds["original, bfloat16"], took),
-        }
-        for name, took in seconds.items()
-    ]
-    if not torch.equal(writers.text[f"{name}, int16"], writers.text[f"{name}, int16, layer by layer"]):
+        candidates.add("mixed plan, int16", bitween.load_model(options.quantized)[0], "int16")
+    if options.llama:
+        theirs = rounded(4, 32, True)
+        candidates.add(f"4b g32 sym, {options.modes[0]}", theirs, options.modes[0])
+        llama = Llama(stack, options.llama, theirs, tokenizer, options.tokens)
+        if llama.version:
+            print(llama.version)
+            candidates.write[GGUF], candidates.nbytes[GGUF] = llama.write, llama.path.stat().st_size
+            candidates.load[GGUF] = lambda: llama.ask("load") + llama.write(ids, 1)
+        else:
+            print("neither llama-cpp-python nor xllamacpp is installed there", file=sys.stderr)
+    rows = generating(candidates, fast + SLOW, ids, options.tokens, options.rounds)
+    if not torch.equal(candidates.text[fast], candidates.text[fast + SLOW]):
         print("the text of both paths differs", file=sys.stderr)
-    parts = shares(writers, f"{name}, int16", options.tokens)
-    print(common.show(rows), common.show(parts), sep="\n\n")
-    print("written to", common.save("generate", [*rows, *parts], tokens=options.tokens, rounds=options.rounds))
-    common.write_page(common.PERFORMANCE, "generate", [common.show(rows), common.show(parts)])
+    print(common.show(rows), end="\n\n", flush=True)
+    begun = beginning(candidates, long, options.rounds)
+    parts = shares(candidates, fast, ids, options.tokens)
+    print(common.show(begun), common.show(parts), sep="\n\n")
+    if options.dry:
+        return
+    print("written to", common.save("generate", [*rows, *begun, *parts], tokens=options.tokens, rounds=options.rounds))
+    common.write_page(common.PERFORMANCE, "generate", [common.show(rows), common.show(begun), common.show(parts)])
 
 
 if __name__ == "__main__":

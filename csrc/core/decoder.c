@@ -63,6 +63,7 @@ static bw_status check_step(const bw_decoder *m, const bw_step *step) {
     if (!step->x || !step->out || step->batch < 1 || step->n_new < 1) return BW_ERR_ARGUMENT;
     if (step->batch > BW_MOST_STEP || step->n_new > BW_MOST_STEP / step->batch) return BW_ERR_SHAPE;
     if (step->n_ropes < 0 || step->n_ropes > BW_MOST_ROPES || step->n_rooms < 1) return BW_ERR_ARGUMENT;
+    if ((step->n_ropes && !step->ropes) || !step->rooms) return BW_ERR_ARGUMENT;
     for (int i = 0; i < step->n_ropes; i++) {
         const bw_rope *rope = &step->ropes[i];
         if (!rope->cosine || !rope->sine) return BW_ERR_ARGUMENT;
@@ -72,7 +73,7 @@ static bw_status check_step(const bw_decoder *m, const bw_step *step) {
         const bw_room *room = &step->rooms[i];
         ptrdiff_t n = 2 * step->batch;
         if (!room->data || room->start < 0 || room->start > room->end || room->end > room->seen) return BW_ERR_ARGUMENT;
-        if (room->end > room->capacity - step->n_new) return BW_ERR_SHAPE;
+        if (room->capacity < step->n_new || room->end > room->capacity - step->n_new) return BW_ERR_SHAPE;
         if (bw_multiply(n, m->kv_heads, &n) || bw_multiply(n, m->dim * 4, &n) || bw_multiply(n, room->capacity, &n) ||
             bw_multiply(n, room->places, &n))
             return BW_ERR_OVERFLOW;
@@ -85,7 +86,7 @@ static bw_status check(const bw_decoder *m, const bw_step *step, needs *all) {
     for (int i = 0; i < 5; i++)
         if (sizes[i] < 1 || sizes[i] > BW_MOST_VALUES / BW_MOST_HEAD) return BW_ERR_SHAPE;
     if (m->dtype != BW_F32 && m->dtype != BW_F16 && m->dtype != BW_BF16) return BW_ERR_ARGUMENT;
-    if (m->activation < 0 || m->activation > BW_RELU_SQUARED || m->n_blocks < 1) return BW_ERR_ARGUMENT;
+    if (m->activation < 0 || m->activation > BW_RELU_SQUARED || m->n_blocks < 1 || !m->blocks) return BW_ERR_ARGUMENT;
     if (m->dim > BW_MOST_HEAD || m->dim % 2 || m->heads % m->kv_heads) return BW_ERR_SHAPE;
     bw_status status = check_step(m, step);
     if (!status) status = check_norm(&m->final, m->hidden);

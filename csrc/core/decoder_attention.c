@@ -76,8 +76,9 @@ static void attend(bw_decoding *d, const bw_decoder_block *block, ptrdiff_t toke
     const bw_room *room = &d->step->rooms[block->room];
     ptrdiff_t sequence = token / d->step->n_new, own = room->end + token % d->step->n_new; /* its own row */
     ptrdiff_t before = room->seen - room->end;                                             /* of row 0 in the text */
-    ptrdiff_t first = room->start, padding = d->step->padding ? (ptrdiff_t)d->step->padding[sequence] - before : first;
-    if (padding > first) first = padding;
+    ptrdiff_t first = room->start;
+    int64_t padding = d->step->padding ? d->step->padding[sequence] : 0; /* any number: INT64_MIN too */
+    if (padding > before && padding - before > first) first = (ptrdiff_t)(padding - before);
     if (block->window && own - block->window + 1 > first) first = own - block->window + 1;
     if (first > own) first = own; /* nothing but padding: what comes out is not looked at */
     ptrdiff_t n = own - first + 1, offset = first * m->dim * value_bytes(d);

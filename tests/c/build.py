@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-COMMON = ("calls.c", "memory.c")
+COMMON = ("calls.c", "decoding.c", "made.c", "memory.c")
 ISAS = ("scalar", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("scalar", "neon")
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-ffp-contract=off", "-fno-math-errno")
 

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { N_CALLS = 22 };
+enum { N_CALLS = 23 };
 
 /* Reads a function, schemes, shapes, strides, types and values from `bytes`, calls it and returns its bw_status. What
  * the core promises of every call is checked: abort() otherwise. `named` is set to the function's name. */
