@@ -14,7 +14,7 @@ from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.model.patterns import checked_patterns
 from bitween.model.whole import describe
 from bitween.rounding.methods import METHODS, Needs
-from bitween.scheme import BITS, TRELLIS_BITS, Scheme
+from bitween.scheme import BITS, TRELLIS_BITS, TRELLIS_WIDTHS, Scheme
 from bitween.store.writing import writable
 from bitween.text.examples import is_inputs
 
@@ -73,6 +73,7 @@ class Bitween:
         method: str | None = None,
         calibration_data: Any = None,
         ignore_layers: Iterable[str] = (),
+        effort: str = "normal",
     ) -> Any:
         """Quantize and return a new model of packed layers.
 
@@ -86,6 +87,8 @@ class Bitween:
             For models of images, sounds or anything else examples of their inputs: a DataLoader, a data set, dicts or
             tensors (`bitween.text.examples`)
         ignore_layers : names or patterns (fnmatch) of layers to leave alone
+        effort : "normal", or with method="trellis" "high": states of 16 bits in place of 12, which take about twenty
+            times as long to search and leave about a tenth less squared error in as many bytes
 
         Raises
         ------
@@ -96,7 +99,8 @@ class Bitween:
             The packed layers compute something else than the plain numbers did.
         """
         method = _choose(rtn, trainable, method if method or rtn or trainable else self._own_method())
-        scheme = Scheme.trellis(self.scheme.bits) if method == "trellis" else self.scheme
+        width = _width(method, effort)
+        scheme = Scheme.trellis(self.scheme.bits, width) if method == "trellis" else self.scheme
         if method != "trellis" and scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
         patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
@@ -209,6 +213,15 @@ def _copy(model: Any) -> Any:
     with suppress(Exception):  # stacks of experts are found by running token ids, which not every model takes
         copy = unfolded(copy)
     return copy
+
+
+def _width(method: str, effort: str) -> int:
+    """Bits of a trellis state."""
+    if effort not in ("normal", "high"):
+        raise ValueError(f"effort: expected 'normal' or 'high'; got {effort!r}")
+    if effort == "high" and method != "trellis":
+        raise ValueError(f"effort: expected 'normal' for method {method!r}, whose effort is its own; got 'high'")
+    return TRELLIS_WIDTHS[-1] if effort == "high" else 12
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:

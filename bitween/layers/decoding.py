@@ -57,7 +57,9 @@ def unpack_ternary(packed: torch.Tensor, n: int) -> torch.Tensor:
     return torch.div(packed.to(torch.int32)[:, place // 5], power, rounding_mode="floor") % 3
 
 
-_MULTIPLIER, _OFFSET = 34038481, 76625530  # of the hash that makes a state a value, as in csrc/core/codec/trellis.h
+def _hash_constants(width: int) -> tuple[int, int]:
+    """Multiplier and addend of the hash that makes a state a value, as in csrc/core/codec/trellis.h."""
+    return (0x83DCD12D, 0) if width == 16 else (34038481, 76625530)
 
 
 def decode_trellis(
@@ -65,6 +67,7 @@ def decode_trellis(
 ) -> torch.Tensor:
     """Weights of trellis tiles: the window of `width` bits that ends with a weight's own bits is hashed."""
     down, rows = codes.shape[0], scales.shape[0]
+    multiplier, addend = _hash_constants(width)
     bits = (codes[..., None] >> torch.arange(7, -1, -1, device=codes.device, dtype=torch.uint8) & 1).reshape(down, -1)
     weights = torch.empty(down, len(rates), TILE, TILE, device=codes.device)  # tile, tile, column, row
     sizes = [TILE * TILE * rate for rate in rates.tolist()]
@@ -76,7 +79,7 @@ def decode_trellis(
         window = (ends[:, None] - width + torch.arange(width, device=codes.device)) % (rate * TILE * TILE)
         first = torch.tensor([starts[t] for t in tiles], device=codes.device)
         state = (bits[:, first[:, None, None] + window].to(torch.int64) * place).sum(-1)
-        hashed = state * _MULTIPLIER + _OFFSET
+        hashed = state * multiplier + addend
         total = sum(hashed >> shift & 255 for shift in (0, 8, 16, 24)) - 510
         weights[:, tiles] = total.reshape(down, len(tiles), TILE, TILE).to(torch.float32)
     matrix = weights.permute(0, 3, 1, 2).reshape(down * TILE, len(rates) * TILE)[:rows, :cols]

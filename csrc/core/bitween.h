@@ -248,11 +248,13 @@ bw_status bw_trellis_matmul(const bw_matrix *x, const bw_trellis *weight, const 
                             bw_dtype dtype, void *out);
 
 /* ---- trellis_quantize.c ---- */
+enum { BW_TRELLIS_MOST_ROUNDS = 16 };
 typedef struct {
     double damping;    /* as in bw_gptq_options */
     int32_t half_bits; /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
     int32_t by_activation; /* 1: the 16 columns of most mean activation first */
     int32_t refit;         /* 1: scales by least squares at the end */
+    int32_t rounds;        /* of the search around each closed ring: 1 .. BW_TRELLIS_MOST_ROUNDS */
 } bw_trellis_options;
 
 /* Fills codes, scales and rates. out->codes has room for row_tiles * bw_trellis_row_bytes. hessian as for GPTQ, or

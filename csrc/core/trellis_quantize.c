@@ -124,7 +124,7 @@ static void choose_tile(const trellis_job *job, int rate, ptrdiff_t row, ptrdiff
             x[c * SIDE + r] = (int16_t)lrintf(v);
         }
     }
-    bw_find_path(&walk, codes);
+    bw_find_path(&walk, job->options->rounds, codes);
     bw_pack_path(codes, rate, tile);
     bw_path_values(codes, job->out->width, rate, values);
 }
@@ -284,7 +284,7 @@ static bw_status choose_rates(trellis_job *job) {
 
 static bw_status prepare(trellis_job *job, const float *hessian, const float *importance) {
     for (ptrdiff_t s = 0; s < (ptrdiff_t)1 << job->out->width; s++)
-        job->values[s] = (int16_t)(64 * bw_trellis_value((uint32_t)s));
+        job->values[s] = (int16_t)(64 * bw_trellis_value((uint32_t)s, job->out->width));
     if (hessian) {
         const bw_trellis_options *o = job->options;
         bw_status status = bw_factor_new(hessian, job->n, SIDE, o->by_activation, o->damping, job->factor);
@@ -324,6 +324,7 @@ bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, con
     if (weight->rows != out->rows || weight->cols != out->cols) return BW_ERR_SHAPE;
     if (!(options->damping >= 0 && options->damping <= 1e3)) return BW_ERR_ARGUMENT;
     if (options->half_bits < 2 || options->half_bits > 2 * BW_TRELLIS_MOST_RATE) return BW_ERR_ARGUMENT;
+    if (options->rounds < 1 || options->rounds > BW_TRELLIS_MOST_ROUNDS) return BW_ERR_ARGUMENT;
     if (out->width < BW_TRELLIS_LEAST_WIDTH || out->width > BW_TRELLIS_MOST_WIDTH) return BW_ERR_ARGUMENT;
     report->damping = options->damping;
     report->n_dead = 0;

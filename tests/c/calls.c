@@ -282,7 +282,8 @@ static int call_trellis_storing(tape *t, int unused) {
     (void)unused;
     static const int32_t odd_bits[] = {0, 1, 11, -2, INT32_MAX, INT32_MIN};
     ptrdiff_t rows = size(t, 20), cols = size(t, 40), n_bytes;
-    bw_trellis_options options = {draw(t, 3) * 0.01, 2 + (int32_t)draw(t, 9), (int32_t)draw(t, 2), (int32_t)draw(t, 2)};
+    bw_trellis_options options = {draw(t, 3) * 0.01, 2 + (int32_t)draw(t, 9), (int32_t)draw(t, 2), (int32_t)draw(t, 2),
+                                  1 + (int32_t)draw(t, 3)};
     bw_trellis out = trellis_room(t, rows, cols, options.half_bits, &n_bytes);
     if (draw(t, 32) == 31) options.half_bits = odd_bits[draw(t, 6)];
     if (draw(t, 32) == 31) options.damping = draw(t, 2) ? NAN : -1;
