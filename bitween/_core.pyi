@@ -91,11 +91,19 @@ def quantize_trellis(
     by_activation: bool = True,
     refit: bool = True,
     rounds: int = 1,
+    turned: bool = False,
 ) -> tuple[
     tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]], NDArray[np.float64], float, int
 ]: ...  # codes, scales, rates
 def dequantize_trellis(
-    codes: _Tensor, scales: _Tensor, rates: _Tensor, width: int, cols: int, out: _Tensor, first: int = 0
+    codes: _Tensor,
+    scales: _Tensor,
+    rates: _Tensor,
+    width: int,
+    cols: int,
+    out: _Tensor,
+    first: int = 0,
+    turned: bool = False,
 ) -> None: ...
 def matmul_trellis(
     x: _Tensor,
@@ -107,6 +115,7 @@ def matmul_trellis(
     bias: _Tensor | None,
     out: _Tensor,
     mode: int = 0,
+    turned: bool = False,
 ) -> None: ...
 def decoder(
     sizes: tuple[int, int, int, int, int, bool, float, float, float, int, int],

@@ -11,6 +11,7 @@ from bitween._threads import follow_torch
 from bitween.quantized_tensor import QuantizedTensor, as_input
 from bitween.rounding.gptq import SHARE, GptqResult, moved
 from bitween.rounding.hessian import Hessian
+from bitween.rounding.turned import turned
 from bitween.scheme import TRELLIS_WIDTHS, Scheme
 
 __all__ = ["trellis"]
@@ -35,7 +36,7 @@ def trellis(
     Parameters
     ----------
     weight : (rows, cols) float32, float16 or bfloat16 on the CPU
-    scheme : Scheme.trellis(...)
+    scheme : Scheme.trellis(...); a turned one is coded between Hadamard transforms (bitween/rounding/turned.py)
     hessian : Hessian, or float32 (cols, cols): E[x xT] of the layer's inputs; None for a matrix without inputs
     importance : float32 (cols,), weights of the squared errors, only without a Hessian
     damping, share : as in `bitween.gptq`
@@ -62,6 +63,8 @@ def trellis(
     matrix = None if hessian is None else as_input(hessian)
     if rounds is None:
         rounds = 2 if scheme.width == TRELLIS_WIDTHS[-1] else 1
+    if scheme.turned:
+        return turned(weight, scheme, matrix, importance, damping, rounds)
     (codes, scales, rates), errors, used, dead = _core.quantize_trellis(
         weight, matrix, float(scheme.bits), scheme.width, importance, damping, rounds=rounds
     )

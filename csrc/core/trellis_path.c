@@ -32,7 +32,7 @@ static int trace(const bw_walk *w, int until, int group, uint8_t *codes) {
     for (int i = w->n - 1; i >= until; i--) {
         const uint16_t *before = w->costs + i * w->stride;
         int at = (w->first + i) % TILE, best = 1 << 20, from = group;
-        const int16_t *values = w->values[at / BW_TRELLIS_SIDE];
+        const int16_t *values = w->values[w->columns[at]];
         for (int s = group; s < 1 << w->width; s += groups) {
             int cost = before[s >> w->rate] + square(w->x[at], values[s], doublings);
             if (cost < best) best = cost, from = s;
