@@ -103,7 +103,7 @@ def test_a_checkpoint(model, tmp_path):
 
 
 def test_what_does_not_fit_is_named(model, tmp_path):
-    with pytest.raises(ValueError, match=r'4 .*it holds turned trellis codes.*export_target="exl3"'):
+    with pytest.raises(ValueError, match=r'7 layers .*it holds turned trellis codes.*export_target="exl3"'):
         export_exl3(Bitween(model, bits=4).quantize(rtn=True), None, tmp_path / "exl3")
     with pytest.raises(ValueError, match="expected turned"):
         tensors(bitween.quantize(np.ones((16, 16), np.float32), Scheme.trellis(2), method="trellis"))
