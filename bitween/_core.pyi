@@ -90,7 +90,7 @@ def quantize_trellis(
     damping: float = 0.01,
     by_activation: bool = True,
     refit: bool = True,
-    rounds: int = 1,
+    thorough: bool = False,
     turned: bool = False,
 ) -> tuple[
     tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]], NDArray[np.float64], float, int

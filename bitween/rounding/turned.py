@@ -40,7 +40,7 @@ def signs() -> np.ndarray:
 
 
 def turned(
-    weight: Any, scheme: Scheme, moments: Any, importance: np.ndarray | None, damping: float, rounds: int
+    weight: Any, scheme: Scheme, moments: Any, importance: np.ndarray | None, damping: float, thorough: bool
 ) -> GptqResult:
     """Code a matrix whose rows and columns are multiples of 128; arguments as in `bitween.rounding.trellis.trellis`.
 
@@ -69,7 +69,7 @@ def turned(
         turn = np.tile(signs(), len(costs) // TURN)
         square = np.ascontiguousarray(_right(_right(costs * turn * turn[:, None]).T))
     (codes, _, rates), _, used, dead = _core.quantize_trellis(
-        target, square, float(scheme.bits), scheme.width, None, damping, True, False, rounds, True
+        target, square, float(scheme.bits), scheme.width, None, damping, True, False, thorough, True
     )
     scales = np.ones((len(plain), 1), np.float16)
     levels = QuantizedTensor(codes, scales, rates, scheme, plain.shape).dequantize()

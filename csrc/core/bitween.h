@@ -250,13 +250,12 @@ bw_status bw_trellis_matmul(const bw_matrix *x, const bw_trellis *weight, const 
                             bw_dtype dtype, void *out);
 
 /* ---- trellis_quantize.c ---- */
-enum { BW_TRELLIS_MOST_ROUNDS = 16 };
 typedef struct {
     double damping;    /* as in bw_gptq_options */
     int32_t half_bits; /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
     int32_t by_activation; /* 1: the 16 columns of most mean activation first */
     int32_t refit;         /* 1: scales by least squares at the end */
-    int32_t rounds;        /* of the search around each closed ring: 1 .. BW_TRELLIS_MOST_ROUNDS */
+    int32_t thorough;      /* 1: the seam of each ring is sought all around it */
     int32_t turned; /* 1: `weight` is turned and of deviation 1 by now: tiles in EXL3's order, one scale for all */
 } bw_trellis_options;
 

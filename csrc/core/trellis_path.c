@@ -43,28 +43,12 @@ static int trace(const bw_walk *w, int until, int group, uint8_t *codes) {
     return group;
 }
 
-/* The best path around the ring from `group` before weight number `first` back to it. */
-static void close_ring(bw_walk *w, int first, int group, uint8_t *codes) {
-    w->first = first;
-    w->n = TILE;
-    memset(w->costs, 255, ((size_t)1 << (w->width - w->rate)) * 2);
-    w->costs[group] = 0;
-    bw_cpu()->trellis_walk(w);
-    trace(w, 0, group, codes);
-}
-
-/* What the codes before weight number `first` leave of their states. */
-static int group_before(const uint8_t *codes, int first, int width, int rate) {
-    uint32_t state = 0;
-    for (int i = TILE - width; i < TILE; i++) state = state << rate | codes[(first + i) % TILE];
-    return (int)(state & ((1u << (width - rate)) - 1));
-}
-
-void bw_find_path(bw_walk *w, int rounds, uint8_t *codes) {
+void bw_find_path(bw_walk *w, int thorough, uint8_t *codes) {
     int groups = 1 << (w->width - w->rate), group = 0;
     w->stride = stride_of(w->width, w->rate);
-    /* A path forgets where it began within a few states' lengths. */
-    int half = 8 * w->width / w->rate;
+    /* A path nearly forgets where it began within a few states' lengths, but not quite: once around the whole ring
+     * finds a better seam yet. */
+    int half = thorough ? TILE / 2 : 8 * w->width / w->rate;
     half = half < TILE / 2 ? half : TILE / 2;
     w->first = TILE - half;
     w->n = 2 * half;
@@ -74,13 +58,12 @@ void bw_find_path(bw_walk *w, int rounds, uint8_t *codes) {
     for (int u = 1; u < groups; u++)
         if (last[u] < last[group]) group = u;
     int seam = trace(w, half, group, codes);
-    close_ring(w, 0, seam, codes);
-    /* Each further round opens the ring at the other side, in the group that the path has there: no path through that
-     * group costs more than the last one, and the old seam is free to move. */
-    for (int round = 1; round < rounds; round++) {
-        int opening = round % 2 * TILE / 2;
-        close_ring(w, opening, group_before(codes, opening, w->width, w->rate), codes);
-    }
+    w->first = 0;
+    w->n = TILE;
+    memset(w->costs, 255, (size_t)groups * 2);
+    w->costs[seam] = 0;
+    bw_cpu()->trellis_walk(w);
+    trace(w, 0, seam, codes);
 }
 
 void bw_pack_path(const uint8_t *codes, int rate, uint8_t *tile) {

@@ -129,7 +129,7 @@ static void choose_tile(const trellis_job *job, int rate, ptrdiff_t row, ptrdiff
         v = v < -32767 ? -32767 : v > 32767 ? 32767 : v;
         x[i] = (int16_t)lrintf(v);
     }
-    bw_find_path(&walk, job->options->rounds, codes);
+    bw_find_path(&walk, job->options->thorough, codes);
     bw_pack_path(codes, rate, tile);
     bw_path_values(codes, job->out->width, rate, values);
 }
@@ -334,7 +334,6 @@ bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, con
     if (weight->rows != out->rows || weight->cols != out->cols) return BW_ERR_SHAPE;
     if (!(options->damping >= 0 && options->damping <= 1e3)) return BW_ERR_ARGUMENT;
     if (options->half_bits < 2 || options->half_bits > 2 * BW_TRELLIS_MOST_RATE) return BW_ERR_ARGUMENT;
-    if (options->rounds < 1 || options->rounds > BW_TRELLIS_MOST_ROUNDS) return BW_ERR_ARGUMENT;
     if (out->width < BW_TRELLIS_LEAST_WIDTH || out->width > BW_TRELLIS_MOST_WIDTH) return BW_ERR_ARGUMENT;
     if (options->turned && (out->width != BW_TURNED_WIDTH || options->half_bits % 2)) return BW_ERR_ARGUMENT;
     if (options->turned && (out->rows % BW_TURN || out->cols % BW_TURN)) return BW_ERR_SHAPE;

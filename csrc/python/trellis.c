@@ -39,7 +39,7 @@ static int expect_apart(const bw_view *out, const bw_trellis_views *t) {
 
 const char bw_doc_quantize_trellis[] =
     "quantize_trellis(weight, hessian, bits, width=12, importance=None, damping=0.01, by_activation=True, refit=True, "
-    "rounds=1, turned=False)"
+    "thorough=False, turned=False)"
     "\n--\n\nTrellis codes of a (rows, cols) float matrix; bits 1 .. 5 in halves; hessian float32 (cols, cols) or "
     "None,\n"
     "then errors count by importance, float32 (cols,) or None.\n\n"
@@ -47,22 +47,22 @@ const char bw_doc_quantize_trellis[] =
 
 PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"weight",  "hessian",       "bits",  "|",      "width",  "importance",
-                                        "damping", "by_activation", "refit", "rounds", "turned", NULL};
+    static const char *const names[] = {"weight",  "hessian",       "bits",  "|",        "width",  "importance",
+                                        "damping", "by_activation", "refit", "thorough", "turned", NULL};
     PyObject *v[10], *codes = NULL, *scales = NULL, *rates = NULL, *errors = NULL, *result = NULL;
     bw_view weight = {0}, hessian = {0}, importance = {0};
     bw_matrix matrix;
     double bits = 0, damping = 0.01;
-    int64_t width = 12, rounds = 1;
-    int by_activation = 1, refit = 1, turned = 0;
+    int64_t width = 12;
+    int by_activation = 1, refit = 1, thorough = 0, turned = 0;
     bw_status status;
     if (bw_parse("quantize_trellis", names, args, n_args, keywords, v) || bw_arg_float("bits", v[2], 1, 5, &bits) ||
         bw_arg_int("width", v[3], 10, 16, &width) || bw_arg_float("damping", v[5], 0, 1000, &damping) ||
         bw_arg_flag("by_activation", v[6], &by_activation) || bw_arg_flag("refit", v[7], &refit) ||
-        bw_arg_int("rounds", v[8], 1, BW_TRELLIS_MOST_ROUNDS, &rounds) || bw_arg_flag("turned", v[9], &turned) ||
+        bw_arg_flag("thorough", v[8], &thorough) || bw_arg_flag("turned", v[9], &turned) ||
         bw_view_float_matrix("weight", v[0], &weight, &matrix))
         goto done;
-    const bw_trellis_options options = {damping, (int32_t)(2 * bits), by_activation, refit, (int32_t)rounds, turned};
+    const bw_trellis_options options = {damping, (int32_t)(2 * bits), by_activation, refit, thorough, turned};
     if ((double)options.half_bits != 2 * bits) {
         PyErr_Format(PyExc_ValueError, "bits: expected a multiple of 0.5; got %R", v[2]);
         goto done;
