@@ -90,11 +90,20 @@ def quantize_trellis(
     damping: float = 0.01,
     by_activation: bool = True,
     refit: bool = True,
+    thorough: bool = False,
+    turned: bool = False,
 ) -> tuple[
     tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]], NDArray[np.float64], float, int
 ]: ...  # codes, scales, rates
 def dequantize_trellis(
-    codes: _Tensor, scales: _Tensor, rates: _Tensor, width: int, cols: int, out: _Tensor, first: int = 0
+    codes: _Tensor,
+    scales: _Tensor,
+    rates: _Tensor,
+    width: int,
+    cols: int,
+    out: _Tensor,
+    first: int = 0,
+    turned: bool = False,
 ) -> None: ...
 def matmul_trellis(
     x: _Tensor,
@@ -106,6 +115,7 @@ def matmul_trellis(
     bias: _Tensor | None,
     out: _Tensor,
     mode: int = 0,
+    turned: bool = False,
 ) -> None: ...
 def decoder(
     sizes: tuple[int, int, int, int, int, bool, float, float, float, int, int],

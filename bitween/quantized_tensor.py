@@ -75,9 +75,9 @@ class QuantizedTensor:
         return (stream.reshape(rows, groups, bits) @ (1 << np.arange(bits))).astype(np.float32)
 
     def row_range(self, first: int, last: int) -> QuantizedTensor:
-        """Rows first .. last-1 on the same memory; of a trellis, edges lie at multiples of 16 rows."""
+        """Rows first .. last-1 on the same memory; edges lie at multiples of `scheme.rows_together`."""
         if self.scheme.coding == "trellis":
-            codes, scales = trellis.row_range(self.codes, self.scales, first, last)
+            codes, scales = trellis.row_range(self.codes, self.scales, first, last, self.scheme.rows_together)
             return QuantizedTensor(codes, scales, self.zeros, self.scheme, (last - first, self.shape[1]))
         zeros = None if self.zeros is None else self.zeros[first:last]
         shape = (last - first, self.shape[1])
@@ -100,7 +100,7 @@ class QuantizedTensor:
         if out is None:
             out = _empty(self.shape if rows is None else (len(rows), self.shape[1]), dtype)
         if self.scheme.coding == "trellis":
-            parts = self.codes, self.scales, self.zeros, self.scheme.width, self.shape[1]
+            parts = self.codes, self.scales, self.zeros, self.scheme, self.shape[1]
             trellis.unpack(*parts, out) if rows is None else trellis.gather_rows(*parts, rows, out)
         else:
             _core.dequantize(self.codes, self.scales, self.zeros, self.scheme.key, self.shape[1], out, rows)
@@ -127,7 +127,7 @@ class QuantizedTensor:
             shape = (*x.shape[:-1], self.shape[0])
             out = x.new_empty(shape) if hasattr(x, "new_empty") else np.empty(shape, x.dtype)
         if self.scheme.coding == "trellis":
-            trellis.multiply(x, self.codes, self.scales, self.zeros, self.scheme.width, bias, out, mode_number(mode))
+            trellis.multiply(x, self.codes, self.scales, self.zeros, self.scheme, bias, out, mode_number(mode))
             return out
         if x.ndim > 2:  # folds leading dimensions, with a copy where their strides do not allow a view
             x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -16,6 +16,7 @@ GROUP_SIZES: tuple[int, ...] = (16, 32, 64, 128, -1)
 TRELLIS_BITS: tuple[float, ...] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
 TRELLIS_WIDTHS = range(10, 17)
 TILE = 16  # rows and columns of weights that one trellis path codes
+TURN = 128  # rows and columns of a Hadamard transform of a turned trellis
 
 
 @dataclass(frozen=True, order=True)
@@ -29,6 +30,7 @@ class Scheme:
     symmetric : True stores no zero points; the levels lie around 0
     coding : "grid", levels at equal distances, or "trellis"; `Scheme.trellis` makes the latter
     width : bits of a trellis state; 0 for a grid
+    turned : a trellis stored between two Hadamard transforms; see `Scheme.trellis`
 
     Raises
     ------
@@ -41,13 +43,15 @@ class Scheme:
     symmetric: bool = False
     coding: str = "grid"
     width: int = 0
+    turned: bool = False
 
     def __post_init__(self) -> None:
         if self.coding == "trellis":
             self._check_trellis()
             return
-        if self.coding != "grid" or self.width != 0:
-            raise ValueError(f"coding: expected 'grid' with width 0, or 'trellis'; got {self.coding!r}, {self.width!r}")
+        if self.coding != "grid" or self.width != 0 or self.turned is not False:
+            found = f"{self.coding!r}, {self.width!r}, {self.turned!r}"
+            raise ValueError(f"coding: expected 'grid' with width 0 and turned False, or 'trellis'; got {found}")
         bits = TERNARY if self.bits == "ternary" else self.bits
         if isinstance(bits, bool) or not isinstance(bits, (int, float)):
             raise TypeError(f"bits: expected a number or 'ternary'; got {self.bits!r}")
@@ -66,7 +70,7 @@ class Scheme:
         object.__setattr__(self, "group_size", int(self.group_size))
 
     @classmethod
-    def trellis(cls, bits: float, width: int = 12) -> Scheme:
+    def trellis(cls, bits: float, width: int = 12, turned: bool = False) -> Scheme:
         """Trellis-coded weights (QTIP, arXiv 2406.11235): the last `width` bits of a stream are a value by themselves.
 
         Tiles of 16 x 16 weights are coded together, with one scale a row. At equal bits the squared error is about
@@ -76,8 +80,11 @@ class Scheme:
         ----------
         bits : 1 to 5 in steps of one half; half steps store the more costly half of the column tiles with one bit more
         width : 10 to 16, bits of a state; more lose a little less and take longer to quantize
+        turned : stored between Hadamard transforms of 128 rows and 128 columns, which even out weights far from the
+            others, and in the order of EXL3's tiles; only with width 16, whole bits, and rows and columns that are
+            multiples of 128
         """
-        return cls(bits, -1, True, "trellis", width)
+        return cls(bits, -1, True, "trellis", width, turned)
 
     def _check_trellis(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)):
@@ -93,6 +100,13 @@ class Scheme:
         if self.group_size != -1 or self.symmetric is not True:
             raise ValueError("group_size, symmetric: expected -1 and True for a trellis, which has one scale a row")
         object.__setattr__(self, "bits", int(self.bits) if float(self.bits).is_integer() else float(self.bits))
+        if not isinstance(self.turned, bool):
+            raise TypeError(f"turned: expected True or False; got {self.turned!r}")
+        if self.turned and (self.width != TRELLIS_WIDTHS[-1] or isinstance(self.bits, float)):
+            raise ValueError(
+                f"turned: expected False, or True with whole bits and a width of {TRELLIS_WIDTHS[-1]}; got True with "
+                f"{self.bits:g} bits and width {self.width}"
+            )
 
     @property
     def levels(self) -> int:
@@ -107,6 +121,11 @@ class Scheme:
         return 0.5 if self.levels == 2 else float(self.levels // 2)
 
     @property
+    def rows_together(self) -> int:
+        """Rows that are stored together: a matrix can be split at multiples of so many."""
+        return TURN if self.turned else TILE if self.coding == "trellis" else 1
+
+    @property
     def key(self) -> tuple[int, int, bool]:
         """(levels, group_size, symmetric), as the core takes it."""
         if self.coding == "trellis":
@@ -118,6 +137,8 @@ class Scheme:
 
         Of a trellis `row_bytes` are those of 16 rows, and `row_zero_bytes` the rates of the column tiles.
         """
+        if self.turned and (rows % TURN or cols % TURN):
+            raise ValueError(f"shape: expected multiples of {TURN} for {self}; got {rows} x {cols}")
         if self.coding == "trellis":
             down, across, half = -(-rows // TILE), -(-cols // TILE), round(2 * self.bits)
             row_bytes = 2 * TILE * (half // 2 * across + half % 2 * ((across + 1) // 2))
@@ -135,15 +156,15 @@ class Scheme:
 
     def __str__(self) -> str:
         if self.coding == "trellis":
-            return f"{self.bits:g}b trellis L{self.width}"
+            return f"{self.bits:g}b trellis L{self.width}{' turned' if self.turned else ''}"
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits:g}b {group} {'sym' if self.symmetric else 'asym'}"
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """The scheme that `str(scheme)` wrote, as in "4b g64 sym", "3b row asym" or "2.5b trellis L12"."""
-        if match := re.fullmatch(r"\s*([\d.]+)b\s+trellis\s+L(\d+)\s*", text):
-            return cls.trellis(float(match[1]), int(match[2]))
+        if match := re.fullmatch(r"\s*([\d.]+)b\s+trellis\s+L(\d+)(\s+turned)?\s*", text):
+            return cls.trellis(float(match[1]), int(match[2]), bool(match[3]))
         match = re.fullmatch(r"\s*([\d.]+)b\s+(?:g(\d+)|row)\s+(sym|asym)\s*", text)
         if not match:
             raise ValueError(f'scheme: expected a text like "4b g64 sym"; got {text!r}')

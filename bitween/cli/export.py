@@ -16,7 +16,7 @@ from bitween.cli.options import Json
 def export(
     model: Annotated[Path, typer.Argument(help="directory that bitween saved")],
     output: Annotated[Path, typer.Option("--output", "-o", help="file for gguf, else a directory, empty or new")],
-    format: Annotated[str, typer.Option(help="compressed-tensors, auto-round or gguf")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, auto-round, exl3 or gguf")],
     exact: Annotated[bool, typer.Option(help="gguf: only block types that hold the same numbers")] = False,
     template: Annotated[Path | None, typer.Option(help="gguf: a GGUF of the same model to copy settings from")] = None,
     samples: Annotated[int, typer.Option(help="gguf: windows that measure what re-rounding costs; 0 for none")] = 8,
@@ -46,6 +46,13 @@ def _to_auto_round(model, tokenizer, output: Path, **_) -> dict:
     return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
 
 
+def _to_exl3(model, tokenizer, output: Path, **_) -> dict:
+    from bitween.export.exl3 import export_exl3
+
+    export_exl3(model, tokenizer, output)
+    return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
+
+
 def _to_gguf(model, tokenizer, output: Path, exact: bool, template: Path | None, samples: int) -> dict:
     from bitween.export.gguf import export_gguf
 
@@ -59,4 +66,9 @@ def _to_gguf(model, tokenizer, output: Path, exact: bool, template: Path | None,
     return found
 
 
-_FORMATS = {"compressed-tensors": _to_compressed_tensors, "auto-round": _to_auto_round, "gguf": _to_gguf}
+_FORMATS = {
+    "compressed-tensors": _to_compressed_tensors,
+    "auto-round": _to_auto_round,
+    "exl3": _to_exl3,
+    "gguf": _to_gguf,
+}

@@ -88,7 +88,7 @@ Domains = Annotated[
 ]
 Calibration = Annotated[int, typer.Option(help="windows of calibration text, at most")]
 Ignored = Annotated[list[str] | None, typer.Option(help="name or pattern of layers to leave alone")]
-For = Annotated[str, typer.Option("--for", help="any, vllm, marlin, gguf or auto-round")]
+For = Annotated[str, typer.Option("--for", help="any, vllm, marlin, gguf, exl3 or auto-round")]
 Trellis = Annotated[bool, typer.Option("--trellis", help="consider trellis codes too: docs/planning.md")]
 Dtype = Annotated[str, typer.Option(help="dtype to load the model in: auto, float32, bfloat16 or float16")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model, as yours")]

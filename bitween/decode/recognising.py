@@ -138,6 +138,8 @@ class _Builder:
     def _packed(self, module: QuantizedLinear) -> tuple:
         codes, scales, zeros = module._packed()
         rest = module.in_features, self._plain(module.bias), module._mode_number
+        if module.scheme.turned:
+            raise _refuse("a turned trellis, whose transforms the core's steps leave out")
         if module.scheme.coding == "trellis":
             return "trellis", codes, scales.view(-1), zeros, module.scheme.width, *rest
         return "packed", codes, scales, zeros, module.scheme.key, *rest

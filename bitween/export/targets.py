@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitween.scheme import Scheme
+from bitween.scheme import TURN, Scheme
 
 __all__ = ["TARGETS", "Target", "find_target"]
 
@@ -22,6 +22,7 @@ class Target:
     fuses : layers that read one tensor (q, k, v; gate, up) become one there and must share a scheme
     stacks : the matrices of all experts (their gates and ups, their downs) become one tensor and must share a scheme
     embeddings : whether the word embedding may be quantized
+    turned : whether it holds turned trellis codes, and nothing else
     in_place : whether tables of positions and layers with arithmetic of their own may be quantized
     """
 
@@ -31,6 +32,7 @@ class Target:
     fuses: bool = False
     stacks: bool = False
     embeddings: bool = True
+    turned: bool = False
     in_place: bool = False
 
 
@@ -51,8 +53,16 @@ def _gguf(scheme: Scheme) -> bool:
     return scheme.coding == "grid" and scheme.group_size != 16 and (scheme.symmetric or scheme.levels < 256)
 
 
+def _exl3(scheme: Scheme) -> bool:
+    return scheme.turned
+
+
 def _auto_round(scheme: Scheme) -> bool:
     return scheme.coding == "grid" and scheme.bits in (2, 3, 4, 5, 6, 8)
+
+
+def _any_shape(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return not scheme.turned or _blocks_of_128(scheme, shape)
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, int]) -> bool:
@@ -67,13 +77,18 @@ def _tiles_of_32(scheme: Scheme, shape: tuple[int, int]) -> bool:
     return shape[0] % 32 == 0 and shape[1] % 32 == 0 and _whole_groups(scheme, shape)
 
 
+def _blocks_of_128(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return shape[0] % TURN == 0 and shape[1] % TURN == 0
+
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("any", lambda scheme: True, in_place=True),
+        Target("any", lambda scheme: True, _any_shape, in_place=True),
         Target("vllm", _vllm, _whole_groups, fuses=True, stacks=True, embeddings=False),
         Target("marlin", _marlin, _whole_groups, fuses=True, stacks=True, embeddings=False),
         Target("gguf", _gguf, _blocks_of_32, stacks=True),
+        Target("exl3", _exl3, _blocks_of_128, embeddings=False, turned=True),
         Target("auto-round", _auto_round, _tiles_of_32, embeddings=False),
     )
 }

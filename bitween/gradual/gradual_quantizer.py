@@ -27,7 +27,7 @@ from bitween.gradual.plan.planner import Frontier, frontier
 from bitween.gradual.plan.sizes import Sizes
 from bitween.gradual.precision_optimizer import PrecisionOptimizer, Realisation
 from bitween.gradual.reporting import make_report
-from bitween.gradual.scores.fisher import candidate_schemes, trellis_schemes
+from bitween.gradual.scores.fisher import candidate_schemes, trellis_schemes, turned_schemes
 from bitween.gradual.utils import budget_nats
 from bitween.gradual.whole.run import WholeRun
 from bitween.model import blocks
@@ -81,8 +81,8 @@ class GradualQuantizer:
     ignore_layers : names or patterns (fnmatch) of layers to leave alone
     on_conflict : when both targets can't be met: "quality" returns the smallest model within the budget,
         "memory" the best one at the memory target, "error" raises BudgetConflict
-    export_target : "any", "vllm", "marlin", "gguf" or "auto-round": only schemes that this target runs are considered,
-        and layers that it fuses share one
+    export_target : "any", "vllm", "marlin", "gguf", "exl3" or "auto-round": only schemes that this target runs are
+        considered, and layers that it fuses share one
     max_damage : instead of perplexity, how far answers may move: nats of KL for distributions, elsewhere squared error
         of the outputs relative to their variance; a mean over examples
     metric, max_metric_drop : instead of both, a function of a model (more is better) and how far it may fall. It gives
@@ -187,7 +187,7 @@ class GradualQuantizer:
         self.method, self.progress = method, progress
         self.journal, self.resume = journal, resume
         self.measure_importance, self.certify = importance, certify
-        coded = trellis_schemes() if self.trellis else ()
+        coded = turned_schemes() if self.target.turned else trellis_schemes() if self.trellis else ()
         if coded and not self.target.runs(coded[0]):
             raise ValueError(f"trellis: expected False for {export_target}, which can't run trellis codes; got True")
         self.schemes = tuple(s for s in (*(schemes or candidate_schemes()), *coded) if self.target.runs(s))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from bitween.scheme import TILE, Scheme
+from bitween.scheme import TILE, TURN, Scheme
 
 __all__ = ["decode"]
 
@@ -23,7 +23,7 @@ def decode(
 ) -> torch.Tensor:
     """The matrix (rows, cols) in `dtype`, on the device of its parts (meta included)."""
     if scheme.coding == "trellis":
-        return decode_trellis(codes, scales, zeros, scheme.width, cols, dtype)
+        return decode_trellis(codes, scales, zeros, scheme, cols, dtype)
     rows, n_groups = scales.shape
     q = unpack_ternary(codes, cols) if scheme.levels == 3 else unpack_dense(codes, cols, _bits(scheme))
     q = q.to(torch.float32)
@@ -57,14 +57,18 @@ def unpack_ternary(packed: torch.Tensor, n: int) -> torch.Tensor:
     return torch.div(packed.to(torch.int32)[:, place // 5], power, rounding_mode="floor") % 3
 
 
-_MULTIPLIER, _OFFSET = 34038481, 76625530  # of the hash that makes a state a value, as in csrc/core/codec/trellis.h
+def _hash_constants(width: int) -> tuple[int, int]:
+    """Multiplier and addend of the hash that makes a state a value, as in csrc/core/codec/trellis.h."""
+    return (0x83DCD12D, 0) if width == 16 else (34038481, 76625530)
 
 
 def decode_trellis(
-    codes: torch.Tensor, scales: torch.Tensor, rates: torch.Tensor, width: int, cols: int, dtype: torch.dtype
+    codes: torch.Tensor, scales: torch.Tensor, rates: torch.Tensor, scheme: Scheme, cols: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Weights of trellis tiles: the window of `width` bits that ends with a weight's own bits is hashed."""
     down, rows = codes.shape[0], scales.shape[0]
+    width = scheme.width
+    multiplier, addend = _hash_constants(width)
     bits = (codes[..., None] >> torch.arange(7, -1, -1, device=codes.device, dtype=torch.uint8) & 1).reshape(down, -1)
     weights = torch.empty(down, len(rates), TILE, TILE, device=codes.device)  # tile, tile, column, row
     sizes = [TILE * TILE * rate for rate in rates.tolist()]
@@ -76,8 +80,34 @@ def decode_trellis(
         window = (ends[:, None] - width + torch.arange(width, device=codes.device)) % (rate * TILE * TILE)
         first = torch.tensor([starts[t] for t in tiles], device=codes.device)
         state = (bits[:, first[:, None, None] + window].to(torch.int64) * place).sum(-1)
-        hashed = state * _MULTIPLIER + _OFFSET
+        hashed = state * multiplier + addend
         total = sum(hashed >> shift & 255 for shift in (0, 8, 16, 24)) - 510
         weights[:, tiles] = total.reshape(down, len(tiles), TILE, TILE).to(torch.float32)
+    if scheme.turned:
+        weights = weights.flatten(2)[..., _turned_order(codes.device)].unflatten(2, (TILE, TILE))
     matrix = weights.permute(0, 3, 1, 2).reshape(down * TILE, len(rates) * TILE)[:rows, :cols]
+    if scheme.turned:
+        turn, signs = _turn(codes.device)
+        blocks = matrix.reshape(rows // TURN, TURN, cols // TURN, TURN)
+        matrix = torch.einsum("ij,ajbk,kl->aibl", turn, blocks, turn) * signs[:, None, None] * signs / TURN
+        matrix = matrix.reshape(rows, cols)
     return (matrix * (scales.to(torch.float32) / 128)).to(dtype)
+
+
+def _turned_order(device: torch.device) -> torch.Tensor:
+    """Of each weight of a tile, column by column, its place in a turned tile's sequence (csrc/core/codec/trellis.h)."""
+    i = torch.arange(TILE * TILE, device=device)
+    column = (i & 1) | (i >> 2 & 6) | (i << 2 & 8)
+    row = i >> 5 | (i << 1 & 8)
+    return torch.argsort(TILE * column + row)
+
+
+def _turn(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Hadamard matrix (128, 128) of entries 1 and -1, and the signs (128,) of rows and columns."""
+    i = torch.arange(TURN, device=device)
+
+    def parity(x: torch.Tensor) -> torch.Tensor:
+        return sum(x >> shift & 1 for shift in range(7)) % 2
+
+    turn, signs = 1 - 2 * parity(i[:, None] & i), 1 - 2 * parity(i & i >> 1 & 0x15)
+    return turn.to(torch.float32), signs.to(torch.float32)

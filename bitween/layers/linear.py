@@ -174,7 +174,7 @@ class QuantizedLinear(Packed):
             if x.numel() > _core.FEW_TOKENS * self.in_features and x.dtype is not torch.float16:
                 tiles.product(x, self.quantized, bias, out)  # unpacked once for all rows
             else:
-                trellis.multiply(x, *self._packed(), self.scheme.width, bias, out, self._mode_number)
+                trellis.multiply(x, *self._packed(), self.scheme, bias, out, self._mode_number)
             return out
         key = self.scheme.key
         _core.matmul(x, *self._packed(), key, self.in_features, bias, out, self._mode_number)

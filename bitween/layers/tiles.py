@@ -8,7 +8,6 @@ from functools import cache
 import torch
 
 from bitween.quantized_tensor import QuantizedTensor
-from bitween.scheme import TILE
 
 __all__ = ["cpu_has_bf16", "product", "row_tiles"]
 
@@ -28,7 +27,8 @@ def row_tiles(stored: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[sli
     """(rows, their weights (rows, cols) of `dtype`) over the whole matrix; all tiles are unpacked into one memory."""
     rows, cols = stored.shape
     step = max(1, min(rows, _TILE_WEIGHTS // max(1, cols)))
-    step = min(rows, -(-step // TILE) * TILE)  # whole tiles of a trellis
+    together = stored.scheme.rows_together  # whole tiles of a trellis
+    step = min(rows, -(-step // together) * together)
     tile = torch.empty(step, cols, dtype=dtype, device="cpu")
     for first in range(0, rows, step):
         last = min(first + step, rows)

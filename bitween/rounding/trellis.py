@@ -11,7 +11,8 @@ from bitween._threads import follow_torch
 from bitween.quantized_tensor import QuantizedTensor, as_input
 from bitween.rounding.gptq import SHARE, GptqResult, moved
 from bitween.rounding.hessian import Hessian
-from bitween.scheme import Scheme
+from bitween.rounding.turned import turned
+from bitween.scheme import TRELLIS_WIDTHS, Scheme
 
 __all__ = ["trellis"]
 
@@ -24,6 +25,7 @@ def trellis(
     importance: Any = None,
     damping: float = 0.01,
     share: float = SHARE,
+    thorough: bool | None = None,
 ) -> GptqResult:
     """Code a matrix in tiles of 16 x 16 weights, each the best path through a trellis.
 
@@ -34,10 +36,12 @@ def trellis(
     Parameters
     ----------
     weight : (rows, cols) float32, float16 or bfloat16 on the CPU
-    scheme : Scheme.trellis(...)
+    scheme : Scheme.trellis(...); a turned one is coded between Hadamard transforms (bitween/rounding/turned.py)
     hessian : Hessian, or float32 (cols, cols): E[x xT] of the layer's inputs; None for a matrix without inputs
     importance : float32 (cols,), weights of the squared errors, only without a Hessian
     damping, share : as in `bitween.gptq`
+    thorough : whether the search for a tile's seam goes all around it, which takes a third longer and lowers the
+        squared error by about 1 % where states have 16 bits; None: there only
 
     Returns
     -------
@@ -57,8 +61,12 @@ def trellis(
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
     matrix = None if hessian is None else as_input(hessian)
+    if thorough is None:
+        thorough = scheme.width == TRELLIS_WIDTHS[-1]
+    if scheme.turned:
+        return turned(weight, scheme, matrix, importance, damping, thorough)
     (codes, scales, rates), errors, used, dead = _core.quantize_trellis(
-        weight, matrix, float(scheme.bits), scheme.width, importance, damping
+        weight, matrix, float(scheme.bits), scheme.width, importance, damping, thorough=thorough
     )
     stored = QuantizedTensor(codes, scales.reshape(-1, 1), rates, scheme, tuple(weight.shape))
     return GptqResult(stored, errors, used, dead, weight)

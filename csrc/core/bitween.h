@@ -228,7 +228,8 @@ typedef struct {
     uint16_t *scales; /* fp16 (rows), > 0 */
     uint8_t *rates;   /* (ceil(cols / 16)): bits a weight in those columns, 1 .. 5 */
     ptrdiff_t rows, cols;
-    int32_t width; /* of a state: 10 .. 16 bits */
+    int32_t width;  /* of a state: 10 .. 16 bits */
+    int32_t turned; /* 1: the tiles hold the matrix between Hadamard transforms, see trellis_turned.c */
 } bw_trellis;
 
 typedef struct {
@@ -237,7 +238,8 @@ typedef struct {
     ptrdiff_t n_bytes;   /* codes + scales + rates */
 } bw_trellis_layout;
 
-/* Sizes; BW_ERR_CODE when a rate is not 1 .. 5. */
+/* Sizes; BW_ERR_CODE when a rate is not 1 .. 5. bw_check_trellis: also BW_ERR_SHAPE when a turned matrix has no whole
+ * blocks of 128 x 128, BW_ERR_ARGUMENT when its width is not 16, BW_ERR_CODE when its rates differ. */
 bw_status bw_trellis_sizes(const uint8_t *rates, ptrdiff_t rows, ptrdiff_t cols, int32_t width,
                            bw_trellis_layout *layout);
 bw_status bw_check_trellis(const bw_trellis *tensor, bw_trellis_layout *layout);
@@ -253,6 +255,8 @@ typedef struct {
     int32_t half_bits; /* twice the mean rate: 2 .. 10; of odd ones the columns that cost most get the higher rate */
     int32_t by_activation; /* 1: the 16 columns of most mean activation first */
     int32_t refit;         /* 1: scales by least squares at the end */
+    int32_t thorough;      /* 1: the seam of each ring is sought all around it */
+    int32_t turned; /* 1: `weight` is turned and of deviation 1 by now: tiles in EXL3's order, one scale for all */
 } bw_trellis_options;
 
 /* Fills codes, scales and rates. out->codes has room for row_tiles * bw_trellis_row_bytes. hessian as for GPTQ, or

@@ -8,6 +8,7 @@
 #include "cpu.h"
 #include "parallel.h"
 #include "scheme.h"
+#include "trellis_turned.h"
 
 enum { SIDE = BW_TRELLIS_SIDE, CELL = 64, MANY_ROWS = 64, BLOCK_TOKENS = 512 };
 
@@ -44,6 +45,7 @@ bw_status bw_trellis_sizes(const uint8_t *rates, ptrdiff_t rows, ptrdiff_t cols,
 
 bw_status bw_check_trellis(const bw_trellis *t, bw_trellis_layout *layout) {
     bw_status status = bw_trellis_sizes(t->rates, t->rows, t->cols, t->width, layout);
+    if (!status && t->turned) status = bw_check_turned(t, layout);
     if (status || !t->rows || !t->cols) return status;
     return t->codes && t->scales ? BW_OK : BW_ERR_ARGUMENT;
 }
@@ -104,6 +106,7 @@ bw_status bw_trellis_dequantize(const bw_trellis *tensor, ptrdiff_t first, ptrdi
     if (first < 0 || n < 0 || first > tensor->rows || n > tensor->rows - first) return BW_ERR_INDEX;
     if (!n || !tensor->cols) return BW_OK;
     if (!out) return BW_ERR_ARGUMENT;
+    if (tensor->turned) return bw_turned_dequantize(tensor, &job.layout, first, n, dtype, out);
     ptrdiff_t n_chunks = (first + n - 1) / SIDE - first / SIDE + 1;
     int n_workers = bw_n_workers(n_chunks);
     job.scratch_bytes = bw_aligned(job.layout.col_tiles * SIDE * (SIDE + 1) * 4);
@@ -240,6 +243,7 @@ bw_status bw_trellis_matmul(const bw_matrix *x, const bw_trellis *weight, const 
             }
         return BW_OK;
     }
+    if (weight->turned) return bw_turned_matmul(x, weight, &p.layout, bias, dtype, out);
     status = x->rows <= BW_FEW_TOKENS ? multiply_few(&p, (int)mode) : multiply_many(&p);
     return status ? status : (bw_status)atomic_load(&p.status);
 }

@@ -32,7 +32,7 @@ static int trace(const bw_walk *w, int until, int group, uint8_t *codes) {
     for (int i = w->n - 1; i >= until; i--) {
         const uint16_t *before = w->costs + i * w->stride;
         int at = (w->first + i) % TILE, best = 1 << 20, from = group;
-        const int16_t *values = w->values[at / BW_TRELLIS_SIDE];
+        const int16_t *values = w->values[w->columns[at]];
         for (int s = group; s < 1 << w->width; s += groups) {
             int cost = before[s >> w->rate] + square(w->x[at], values[s], doublings);
             if (cost < best) best = cost, from = s;
@@ -43,11 +43,12 @@ static int trace(const bw_walk *w, int until, int group, uint8_t *codes) {
     return group;
 }
 
-void bw_find_path(bw_walk *w, uint8_t *codes) {
+void bw_find_path(bw_walk *w, int thorough, uint8_t *codes) {
     int groups = 1 << (w->width - w->rate), group = 0;
     w->stride = stride_of(w->width, w->rate);
-    /* A path forgets where it began within a few states' lengths. */
-    int half = 8 * w->width / w->rate;
+    /* A path nearly forgets where it began within a few states' lengths, but not quite: once around the whole ring
+     * finds a better seam yet. */
+    int half = thorough ? TILE / 2 : 8 * w->width / w->rate;
     half = half < TILE / 2 ? half : TILE / 2;
     w->first = TILE - half;
     w->n = 2 * half;
@@ -79,6 +80,6 @@ void bw_path_values(const uint8_t *codes, int width, int rate, int16_t *values) 
     for (int i = TILE - width; i < TILE; i++) state = (state << rate | codes[i]) & mask;
     for (int i = 0; i < TILE; i++) {
         state = (state << rate | codes[i]) & mask;
-        values[i] = (int16_t)bw_trellis_value(state);
+        values[i] = (int16_t)bw_trellis_value(state, width);
     }
 }

@@ -32,6 +32,7 @@ typedef struct {
     float *costs;      /* (cols): of a squared error at each position */
     ptrdiff_t *starts; /* (col_tiles): byte of each tile within its row */
     int16_t *values;   /* of all states, times 64 */
+    uint8_t columns[BW_TRELLIS_TILE], rows[BW_TRELLIS_TILE]; /* of each weight of a tile's sequence */
     ptrdiff_t n, col_tiles, row_bytes, bench_bytes, path_bytes;
     bw_gptq_report *report;
     char *scratch;
@@ -87,7 +88,9 @@ static bw_status load_weights(const trellis_job *job, ptrdiff_t first, ptrdiff_t
         b->steps[i] = BW_TRELLIS_STEP;
         if (i >= n_rows) continue;
         bw_cpu()->load_row(job->weight, first + i, 0, job->n, b->row);
-        bw_status status = first_step(b->row, job->n, spread_of(job->options->half_bits), &b->steps[i]);
+        double spread = spread_of(job->options->half_bits);
+        bw_status status = first_step(b->row, job->n, spread, &b->steps[i]);
+        if (job->options->turned) b->steps[i] = (float)spread / BW_TRELLIS_DEVIATION;
         if (status) return status;
         for (ptrdiff_t k = 0; k < job->n; k++) b->weight[k * ROWS + i] = b->row[job->order[k]];
     }
@@ -114,17 +117,19 @@ static void choose_tile(const trellis_job *job, int rate, ptrdiff_t row, ptrdiff
     int16_t x[BW_TRELLIS_TILE] = {0};
     uint8_t codes[BW_TRELLIS_TILE];
     ptrdiff_t states = (ptrdiff_t)1 << job->out->width;
-    bw_walk walk = {.width = job->out->width, .rate = rate, .x = x, .costs = b->path};
+    bw_walk walk = {.width = job->out->width, .rate = rate, .columns = job->columns, .x = x, .costs = b->path};
     for (int c = 0; c < SIDE; c++) {
         int k = lanes[c];
         walk.values[c] = b->tables + (k < 0 ? SIDE - 1 : k) * states; /* the last is empty where a column is missing */
-        for (int r = 0; k >= 0 && r < n_rows; r++) {
-            float v = b->base[k * ROWS + row + r] / b->steps[row + r] * units[k];
-            v = v < -32767 ? -32767 : v > 32767 ? 32767 : v;
-            x[c * SIDE + r] = (int16_t)lrintf(v);
-        }
     }
-    bw_find_path(&walk, codes);
+    for (int i = 0; i < BW_TRELLIS_TILE; i++) {
+        int k = lanes[job->columns[i]], r = job->rows[i];
+        if (k < 0 || r >= n_rows) continue;
+        float v = b->base[k * ROWS + row + r] / b->steps[row + r] * units[k];
+        v = v < -32767 ? -32767 : v > 32767 ? 32767 : v;
+        x[i] = (int16_t)lrintf(v);
+    }
+    bw_find_path(&walk, job->options->thorough, codes);
     bw_pack_path(codes, rate, tile);
     bw_path_values(codes, job->out->width, rate, values);
 }
@@ -151,9 +156,10 @@ static void round_blocks(const trellis_job *job, ptrdiff_t first, ptrdiff_t n_ro
             ptrdiff_t used = n_rows - row < SIDE ? n_rows - row : SIDE;
             choose_tile(job, rate, row, used, lanes, units, b, values,
                         job->out->codes + (first + row) / SIDE * job->row_bytes + job->starts[block]);
-            for (int c = 0; c < SIDE; c++)
-                for (ptrdiff_t r = 0; lanes[c] >= 0 && r < SIDE; r++)
-                    b->levels[(at + lanes[c]) * ROWS + row + r] = values[c * SIDE + r];
+            for (int i = 0; i < BW_TRELLIS_TILE; i++) {
+                int k = lanes[job->columns[i]];
+                if (k >= 0) b->levels[(at + k) * ROWS + row + job->rows[i]] = values[i];
+            }
         }
         for (ptrdiff_t k = at; k < at + n; k++)
             for (ptrdiff_t r = 0; r < n_rows; r++)
@@ -180,7 +186,7 @@ static void refit(const trellis_job *job, bench *b) {
     memset(b->costs, 0, sizeof b->costs);
     apply_costs(job, b->errors, b->pull);
     add_dots(job, b->errors, b->pull, b->costs);
-    if (!job->options->refit) return;
+    if (!job->options->refit || job->options->turned) return;
     add_dots(job, b->levels, b->pull, slope);
     apply_costs(job, b->levels, b->pull);
     add_dots(job, b->levels, b->pull, curve);
@@ -283,8 +289,12 @@ static bw_status choose_rates(trellis_job *job) {
 }
 
 static bw_status prepare(trellis_job *job, const float *hessian, const float *importance) {
+    for (int i = 0; i < BW_TRELLIS_TILE; i++) {
+        job->columns[i] = (uint8_t)bw_trellis_column(i, job->options->turned);
+        job->rows[i] = (uint8_t)bw_trellis_row(i, job->options->turned);
+    }
     for (ptrdiff_t s = 0; s < (ptrdiff_t)1 << job->out->width; s++)
-        job->values[s] = (int16_t)(64 * bw_trellis_value((uint32_t)s));
+        job->values[s] = (int16_t)(64 * bw_trellis_value((uint32_t)s, job->out->width));
     if (hessian) {
         const bw_trellis_options *o = job->options;
         bw_status status = bw_factor_new(hessian, job->n, SIDE, o->by_activation, o->damping, job->factor);
@@ -325,6 +335,8 @@ bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, con
     if (!(options->damping >= 0 && options->damping <= 1e3)) return BW_ERR_ARGUMENT;
     if (options->half_bits < 2 || options->half_bits > 2 * BW_TRELLIS_MOST_RATE) return BW_ERR_ARGUMENT;
     if (out->width < BW_TRELLIS_LEAST_WIDTH || out->width > BW_TRELLIS_MOST_WIDTH) return BW_ERR_ARGUMENT;
+    if (options->turned && (out->width != BW_TURNED_WIDTH || options->half_bits % 2)) return BW_ERR_ARGUMENT;
+    if (options->turned && (out->rows % BW_TURN || out->cols % BW_TURN)) return BW_ERR_SHAPE;
     report->damping = options->damping;
     report->n_dead = 0;
     job.n = out->cols;

@@ -38,7 +38,8 @@ static int expect_apart(const bw_view *out, const bw_trellis_views *t) {
 }
 
 const char bw_doc_quantize_trellis[] =
-    "quantize_trellis(weight, hessian, bits, width=12, importance=None, damping=0.01, by_activation=True, refit=True)"
+    "quantize_trellis(weight, hessian, bits, width=12, importance=None, damping=0.01, by_activation=True, refit=True, "
+    "thorough=False, turned=False)"
     "\n--\n\nTrellis codes of a (rows, cols) float matrix; bits 1 .. 5 in halves; hessian float32 (cols, cols) or "
     "None,\n"
     "then errors count by importance, float32 (cols,) or None.\n\n"
@@ -46,21 +47,22 @@ const char bw_doc_quantize_trellis[] =
 
 PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"weight",     "hessian", "bits",          "|",     "width",
-                                        "importance", "damping", "by_activation", "refit", NULL};
-    PyObject *v[8], *codes = NULL, *scales = NULL, *rates = NULL, *errors = NULL, *result = NULL;
+    static const char *const names[] = {"weight",  "hessian",       "bits",  "|",        "width",  "importance",
+                                        "damping", "by_activation", "refit", "thorough", "turned", NULL};
+    PyObject *v[10], *codes = NULL, *scales = NULL, *rates = NULL, *errors = NULL, *result = NULL;
     bw_view weight = {0}, hessian = {0}, importance = {0};
     bw_matrix matrix;
     double bits = 0, damping = 0.01;
     int64_t width = 12;
-    int by_activation = 1, refit = 1;
+    int by_activation = 1, refit = 1, thorough = 0, turned = 0;
     bw_status status;
     if (bw_parse("quantize_trellis", names, args, n_args, keywords, v) || bw_arg_float("bits", v[2], 1, 5, &bits) ||
         bw_arg_int("width", v[3], 10, 16, &width) || bw_arg_float("damping", v[5], 0, 1000, &damping) ||
         bw_arg_flag("by_activation", v[6], &by_activation) || bw_arg_flag("refit", v[7], &refit) ||
+        bw_arg_flag("thorough", v[8], &thorough) || bw_arg_flag("turned", v[9], &turned) ||
         bw_view_float_matrix("weight", v[0], &weight, &matrix))
         goto done;
-    const bw_trellis_options options = {damping, (int32_t)(2 * bits), by_activation, refit};
+    const bw_trellis_options options = {damping, (int32_t)(2 * bits), by_activation, refit, thorough, turned};
     if ((double)options.half_bits != 2 * bits) {
         PyErr_Format(PyExc_ValueError, "bits: expected a multiple of 0.5; got %R", v[2]);
         goto done;
@@ -81,7 +83,8 @@ PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssi
                             PyArray_DATA((PyArrayObject *)rates),
                             matrix.rows,
                             matrix.cols,
-                            (int32_t)width};
+                            (int32_t)width,
+                            turned};
     bw_gptq_report report = {.row_errors = PyArray_DATA((PyArrayObject *)errors)};
     bw_release_gil();
     status = bw_trellis_quantize(&matrix, v[1] != Py_None ? (const float *)hessian.data : NULL,
@@ -102,26 +105,30 @@ done:
 }
 
 const char bw_doc_dequantize_trellis[] =
-    "dequantize_trellis(codes, scales, rates, width, cols, out, first=0)\n--\n\n"
+    "dequantize_trellis(codes, scales, rates, width, cols, out, first=0, turned=False)\n--\n\n"
     "Write rows first .. first + n - 1 of a trellis matrix as numbers into `out`, contiguous (n, cols).";
 
 PyObject *bw_py_dequantize_trellis(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"codes", "scales", "rates", "width", "cols", "out", "|", "first", NULL};
-    PyObject *v[7], *result = NULL;
+    static const char *const names[] = {"codes", "scales", "rates", "width",  "cols",
+                                        "out",   "|",      "first", "turned", NULL};
+    PyObject *v[8], *result = NULL;
     bw_trellis_views t = {0};
     bw_view out = {0};
     bw_matrix matrix;
     int64_t first = 0;
+    int turned = 0;
     bw_status status;
     if (bw_parse("dequantize_trellis", names, args, n_args, keywords, v) ||
-        bw_arg_int("first", v[6], 0, PTRDIFF_MAX, &first) || bw_trellis_acquire(v, &t) ||
-        bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &matrix))
+        bw_arg_int("first", v[6], 0, PTRDIFF_MAX, &first) || bw_arg_flag("turned", v[7], &turned) ||
+        bw_trellis_acquire(v, &t) || bw_view_acquire("out", v[5], BW_WRITABLE | BW_CONTIGUOUS, &out) ||
+        bw_view_matrix("out", &out, &matrix))
         goto done;
     /* Without `first` all rows are meant; with it as many as `out` has, or at most all that follow. */
     int64_t left = first < t.tensor.rows ? t.tensor.rows - first : 0;
     const int64_t shape[2] = {v[6] && matrix.rows < left ? matrix.rows : left, t.tensor.cols};
     if (bw_view_expect_shape("out", &out, 2, shape) || expect_apart(&out, &t)) goto done;
+    t.tensor.turned = turned;
     bw_release_gil();
     status = bw_trellis_dequantize(&t.tensor, (ptrdiff_t)first, matrix.rows, matrix.dtype, out.data);
     bw_take_gil();
@@ -134,26 +141,29 @@ done:
 }
 
 const char bw_doc_matmul_trellis[] =
-    "matmul_trellis(x, codes, scales, rates, width, cols, bias, out, mode=0)\n--\n\n"
+    "matmul_trellis(x, codes, scales, rates, width, cols, bias, out, mode=0, turned=False)\n--\n\n"
     "Write x WT + bias into `out`: x (n, cols), bias (rows,) or None, out (n, rows).\n\n"
-    "mode: as in matmul.";
+    "mode: as in matmul; a turned matrix takes activations as they are.";
 
 PyObject *bw_py_matmul_trellis(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
     (void)module;
-    static const char *const names[] = {"x",    "codes", "scales", "rates", "width", "cols",
-                                        "bias", "out",   "|",      "mode",  NULL};
-    PyObject *v[9], *result = NULL;
+    static const char *const names[] = {"x",    "codes", "scales", "rates", "width",  "cols",
+                                        "bias", "out",   "|",      "mode",  "turned", NULL};
+    PyObject *v[10], *result = NULL;
     bw_trellis_views t = {0};
     bw_view x = {0}, bias = {0}, out = {0};
     bw_matrix activations, target, added = {0};
     int64_t mode = 0;
+    int turned = 0;
     bw_status status;
     if (bw_parse("matmul_trellis", names, args, n_args, keywords, v) || bw_arg_int("mode", v[8], 0, 2, &mode) ||
-        bw_view_float_matrix("x", v[0], &x, &activations) || bw_trellis_acquire(v + 1, &t) ||
-        bw_view_acquire("out", v[7], BW_WRITABLE | BW_CONTIGUOUS, &out) || bw_view_matrix("out", &out, &target))
+        bw_arg_flag("turned", v[9], &turned) || bw_view_float_matrix("x", v[0], &x, &activations) ||
+        bw_trellis_acquire(v + 1, &t) || bw_view_acquire("out", v[7], BW_WRITABLE | BW_CONTIGUOUS, &out) ||
+        bw_view_matrix("out", &out, &target))
         goto done;
     const int64_t x_shape[2] = {activations.rows, t.tensor.cols}, out_shape[2] = {activations.rows, t.tensor.rows};
     int has_bias = v[6] != Py_None;
+    t.tensor.turned = turned;
     if (bw_view_expect_shape("x", &x, 2, x_shape) || bw_view_expect_shape("out", &out, 2, out_shape) ||
         expect_apart(&out, &t) || bw_view_expect_apart("out", &out, "x", &x))
         goto done;

@@ -68,7 +68,8 @@ static int call_trellis_storing(tape *t, int unused) {
     (void)unused;
     static const int32_t odd_bits[] = {0, 1, 11, -2, INT32_MAX, INT32_MIN};
     ptrdiff_t rows = draw_size(t, 20), cols = draw_size(t, 40), n_bytes;
-    bw_trellis_options options = {draw(t, 3) * 0.01, 2 + (int32_t)draw(t, 9), (int32_t)draw(t, 2), (int32_t)draw(t, 2)};
+    bw_trellis_options options = {draw(t, 3) * 0.01,   2 + (int32_t)draw(t, 9), (int32_t)draw(t, 2),
+                                  (int32_t)draw(t, 2), (int32_t)draw(t, 2),     draw(t, 16) == 15};
     bw_trellis out = trellis_room_for(t, rows, cols, options.half_bits, &n_bytes);
     if (draw(t, 32) == 31) options.half_bits = odd_bits[draw(t, 6)];
     if (draw(t, 32) == 31) options.damping = draw(t, 2) ? NAN : -1;
@@ -93,10 +94,15 @@ static int call_trellis_storing(tape *t, int unused) {
 }
 
 static int call_trellis_reading(tape *t, int multiply) {
-    ptrdiff_t rows = draw_size(t, 40), cols = draw_size(t, 150), n_bytes;
+    int turned = draw(t, 8) == 7;
+    ptrdiff_t rows = turned ? 128 : draw_size(t, 40), n_bytes;
+    ptrdiff_t cols = turned ? 128 + 128 * (ptrdiff_t)draw(t, 2) : draw_size(t, 150);
     bw_trellis stored = trellis_room_for(t, rows, cols, 0, &n_bytes);
+    stored.turned = turned || draw(t, 32) == 31; /* of other shapes, it is refused */
+    if (turned && draw(t, 8)) stored.width = 16;
     ptrdiff_t held = n_bytes ? rows : 0;
     fill_trellis(t, &stored, n_bytes);
+    for (ptrdiff_t i = 1; turned && i < cols / 16 && draw(t, 64); i++) stored.rates[i] = stored.rates[0];
     if (rows > 1000 || cols > 1000) stored.rates = NULL; /* would need as many */
     if (draw(t, 64) == 63) stored.scales = NULL;
     bw_dtype dtype = (bw_dtype)draw(t, draw(t, 32) == 31 ? 5 : 3);

@@ -202,7 +202,8 @@ bw_trellis trellis_room_for(tape *t, ptrdiff_t rows, ptrdiff_t cols, int32_t hal
                         take((size_t)across),
                         rows,
                         cols,
-                        draw(t, 32) == 31 ? odd[draw(t, 6)] : 10 + (draw(t, 8) == 7)};
+                        draw(t, 32) == 31 ? odd[draw(t, 6)] : 10 + (draw(t, 8) == 7),
+                        0};
 }
 
 void fill_trellis(tape *t, bw_trellis *stored, ptrdiff_t n_bytes) {

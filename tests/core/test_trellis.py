@@ -18,8 +18,9 @@ def _restore():
     _core.set_num_threads(1)
 
 
-def values_of(states):
-    h = (states.astype(np.uint64) * 34038481 + 76625530).astype(np.uint32)
+def values_of(states, width):
+    multiplier, addend = (0x83DCD12D, 0) if width == 16 else (34038481, 76625530)
+    h = (states.astype(np.uint64) * multiplier + addend).astype(np.uint32)
     return sum((h >> shift & 255).astype(int) for shift in (0, 8, 16, 24)) - 510
 
 
@@ -35,7 +36,7 @@ def decode(codes, scales, rates, width, cols):
             ends = rate * (np.arange(256) + 1)
             window = bits[(ends[:, None] - width + np.arange(width)) % len(bits)]
             states = window.astype(int) @ (1 << np.arange(width - 1, -1, -1))
-            out[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] = values_of(states).reshape(16, 16).T
+            out[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] = values_of(states, width).reshape(16, 16).T
     return out[:rows, :cols] / 128 * scales.astype(float)[:, None]
 
 
@@ -125,7 +126,7 @@ def test_paths_are_near_the_best(rate):
         step = parts[1].astype(float)[:, None] / 128
         ours = dequantize(parts, width, 16)
         found += (((tile - ours) / step) ** 2).sum()
-        best += best_ring((tile / step).T.ravel(), values_of(np.arange(1 << width)), rate, width)
+        best += best_ring((tile / step).T.ravel(), values_of(np.arange(1 << width), width), rate, width)
     assert best * (1 - 1e-9) <= found <= 1.01 * best
 
 
@@ -174,3 +175,77 @@ def test_bad_storage():
             _core.dequantize_trellis(codes, wrong, rates, 12, 40, out)
         with pytest.raises(ValueError, match="scales"):
             _core.matmul_trellis(np.ones((1, 40), np.float32), codes, wrong, rates, 12, 40, None, out[:1, :20].copy())
+
+
+def turned_parts(rows, cols, rate, seed=0):
+    """Random codes: every one is legal."""
+    draw = np.random.default_rng(seed)
+    codes = draw.integers(0, 256, (rows // 16, cols // 16 * 32 * rate), np.uint8)
+    scales = draw.uniform(0.5, 2, rows).astype(np.float16)
+    return codes, scales, np.full(cols // 16, rate, np.uint8)
+
+
+def decode_turned(codes, scales, rates):
+    rows, cols = len(scales), 16 * len(rates)
+    ones = np.full(rows, 128, np.float16)
+    sequence = decode(codes, ones, rates, 16, cols).reshape(rows // 16, 16, cols // 16, 16).transpose(0, 2, 3, 1)
+    values = np.zeros((rows // 16, cols // 16, 16, 16))  # tile, tile, row, column
+    for i in range(256):
+        lane, k = i // 8, i % 8
+        column, row = lane % 4 * 2 + k % 2 + (8 if k & 2 else 0), lane // 4 + (8 if k & 4 else 0)
+        values[:, :, row, column] = sequence.reshape(rows // 16, cols // 16, 256)[:, :, i]
+    i = np.arange(128)
+    parity = np.array([bin(n).count("1") % 2 for n in range(128)])
+    turn, signs = 1 - 2 * parity[i[:, None] & i], 1 - 2 * parity[i & i >> 1 & 0x15]
+    blocks = values.transpose(0, 2, 1, 3).reshape(rows // 128, 128, cols // 128, 128)
+    plain = np.einsum("ij,ajbk,kl->aibl", turn, blocks, turn) * signs[:, None, None] * signs
+    return plain.reshape(rows, cols) * scales.astype(float)[:, None] / 128**2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rate", [1, 2, 3, 4, 5])
+def test_turned_decoding_and_products(isa, rate):
+    parts, x, bias = turned_parts(256, 384, rate), gaussian(21, 384, 1), gaussian(1, 256, 2)[0]
+    _core.set_isa(isa)
+    expected, found = decode_turned(*parts), set()
+    for threads in (1, 3):
+        _core.set_num_threads(threads)
+        out = np.empty((256, 384), np.float32)
+        _core.dequantize_trellis(*parts, 16, 384, out, turned=True)
+        np.testing.assert_array_equal(out, expected.astype(np.float32))
+        part = np.empty((40, 384), np.float32)
+        _core.dequantize_trellis(*parts, 16, 384, part, 100, True)
+        np.testing.assert_array_equal(part, out[100:140])
+        for n in (1, 5, 21):
+            product = np.empty((n, 256), np.float32)
+            _core.matmul_trellis(x[:n], *parts, 16, 384, bias, product, 0, True)
+            assert np.abs(product - (x[:n].astype(float) @ expected.T + bias)).max() < 1e-4 * np.abs(product).max()
+        found.add(product.tobytes())
+    assert len(found) == 1
+
+
+def test_turned_bad_input():
+    parts = turned_parts(128, 128, 2)
+    out = np.empty((128, 128), np.float32)
+    with pytest.raises(ValueError, match="codes: "):
+        _core.dequantize_trellis(*parts, 12, 128, out, turned=True)
+    mixed = (np.zeros((8, 8 * 32 * 2), np.uint8), parts[1], np.array([1, 3] * 4, np.uint8))
+    with pytest.raises(ValueError, match="codes: "):
+        _core.dequantize_trellis(*mixed, 16, 128, out, turned=True)
+    ragged = turned_parts(128, 144, 2)
+    with pytest.raises(ValueError, match="codes: "):
+        _core.dequantize_trellis(*ragged, 16, 144, np.empty((128, 144), np.float32), turned=True)
+    for shape, bits, width in (((128, 144), 2, 16), ((128, 128), 2.5, 16), ((128, 128), 2, 12)):
+        with pytest.raises(ValueError, match="weight: "):
+            _core.quantize_trellis(gaussian(*shape), None, bits, width, turned=True)
+    wrong = (parts[0], np.zeros(128, np.float16), parts[2])
+    with pytest.raises(ValueError, match="scale"):
+        _core.matmul_trellis(gaussian(1, 128), *wrong, 16, 128, None, np.empty((1, 128), np.float32), 0, True)
+
+
+def test_a_thorough_search_leaves_less():
+    weight, errors = gaussian(32, 128), []
+    for thorough in (False, True):
+        parts = _core.quantize_trellis(weight, None, 3, 13, thorough=thorough, refit=False)[0]
+        errors.append(((weight - dequantize(parts, 13, 128)) ** 2).mean())
+    assert errors[0] > errors[1]

@@ -113,7 +113,7 @@ def test_unreachable_target_is_refused_at_once(tiny_model, tiny_tokenizer):
         (
             {"export_target": "toaster"},
             ValueError,
-            "export_target: expected one of any, vllm, marlin, gguf, auto-round",
+            "export_target: expected one of any, vllm, marlin, gguf, exl3, auto-round",
         ),
         ({"on_conflict": "panic"}, ValueError, "quality, memory, error"),
         ({"tokenizer": None}, TypeError, "tokenizer"),

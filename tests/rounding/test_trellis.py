@@ -9,6 +9,7 @@ import bitween
 from bitween import Bitween, Scheme
 from bitween.layers import packed_layers
 from bitween.layers.decoding import decode
+from bitween.rounding.trellis import trellis
 from bitween.scheme import TRELLIS_BITS
 
 
@@ -88,3 +89,59 @@ def test_one_quantizer_serves_several_methods(tiny_model):
     rounded = quantizer.quantize(method="rtn")
     assert {module.scheme for _, module in packed_layers(coded)} == {Scheme.trellis(3)}
     assert {module.scheme for _, module in packed_layers(rounded)} == {Scheme(3, 32)}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_turned_scheme(bits):
+    scheme, generator = Scheme.trellis(bits, 16, turned=True), torch.Generator().manual_seed(bits)
+    weight = torch.randn(256, 128, generator=generator) * torch.rand(256, 1, generator=generator)
+    weight[3, 5], weight[200] = 20, 0  # peaks are what turning is for
+    inputs = torch.randn(400, 128, generator=generator) * torch.linspace(0.1, 3, 128)
+    hessian = (inputs.T @ inputs / 400).numpy()
+    result = trellis(weight, scheme, hessian)
+    stored = result.quantized
+    assert stored.nbytes == scheme.nbytes(256, 128)
+    values = stored.dequantize(torch.float32)
+    left = (weight - values).double().numpy()
+    np.testing.assert_allclose(result.row_errors, np.einsum("ij,jk,ik->i", left, hessian, left), rtol=1e-3, atol=1e-9)
+    plain = trellis(weight, Scheme.trellis(bits, 16), hessian)
+    assert result.row_errors.sum() < plain.row_errors.sum()
+    parts = [torch.as_tensor(part) for part in (stored.codes, stored.scales, stored.zeros)]
+    torch.testing.assert_close(values, decode(*parts, scheme, 128), rtol=1e-6, atol=1e-6)
+    assert Scheme.parse(str(scheme)) == scheme
+    rows = torch.tensor([3, 255, 17, 3])
+    assert torch.equal(stored.dequantize(torch.float32, rows=rows), values[rows])
+    assert torch.equal(stored.row_range(128, 256).dequantize(torch.float32), values[128:])
+    x = torch.randn(2, 3, 128, generator=generator)
+    torch.testing.assert_close(stored.matmul(x), x @ values.T, atol=1e-4, rtol=1e-4)
+    again = trellis(weight, scheme, None, importance=np.diag(hessian)).quantized.dequantize(torch.float32)
+    assert ((again - weight) ** 2).mean() < 0.2 * (weight**2).mean()
+
+
+def test_a_turned_scheme_refuses_what_it_cannot_hold():
+    for arguments in ((2.5, 16, True), (2, 12, True)):
+        with pytest.raises(ValueError, match="turned: expected"):
+            Scheme.trellis(*arguments)
+    with pytest.raises(TypeError, match="turned: expected True or False"):
+        Scheme.trellis(2, 16, 1)
+    scheme = Scheme.trellis(2, 16, turned=True)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        scheme.nbytes(128, 100)
+    for bad, message in ((torch.full((128, 128), torch.nan), "finite"), (torch.full((128, 128), 1e30), "scales up to")):
+        with pytest.raises(ValueError, match=message):
+            bitween.quantize(bad, scheme, method="trellis")
+    assert torch.equal(
+        bitween.quantize(torch.zeros(128, 128), scheme, method="trellis").dequantize(torch.float32).round(decimals=3),
+        torch.zeros(128, 128),
+    )
+
+
+def test_effort_is_checked():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    for arguments, message in (
+        ({"method": "gptq", "effort": "high"}, "effort: expected 'normal' for method 'gptq'"),
+        ({"method": "trellis", "effort": "most"}, "effort: expected 'normal' or 'high'"),
+        ({"method": "trellis", "turned": True}, 'turned: expected False, or True with effort="high"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Bitween(model, bits=2).quantize(**arguments)

@@ -18,9 +18,17 @@ import bitween
 from bitween.gradual.scores.curvature import LayerCurvature
 from bitween.gradual.scores.trellis_error import trellis_errors
 from bitween.model import blocks
-from bitween.scheme import TRELLIS_BITS, Scheme
+from bitween.scheme import TRELLIS_BITS, TRELLIS_WIDTHS, Scheme
 
-__all__ = ["KEEP", "LayerScores", "candidate_schemes", "score_layer", "score_layers", "trellis_schemes"]
+__all__ = [
+    "KEEP",
+    "LayerScores",
+    "candidate_schemes",
+    "score_layer",
+    "score_layers",
+    "trellis_schemes",
+    "turned_schemes",
+]
 
 KEEP = None  # the key of "leave this layer as it is"
 _SAMPLED_WEIGHTS = 1 << 16  # of one layer: errors of thousands of groups are known to a percent
@@ -60,6 +68,11 @@ def trellis_schemes(bits: Sequence[float] = TRELLIS_BITS[1:], width: int = 12) -
     """Trellis codes of 1.5 to 5 bits in half steps: fewer do more harm than a plan can repair, and from 5 on grids
     lose as little."""
     return tuple(Scheme.trellis(b, width) for b in bits)
+
+
+def turned_schemes(bits: Sequence[int] = (1, 2, 3, 4, 5)) -> tuple[Scheme, ...]:
+    """Trellis codes between Hadamard transforms, in whole bits: all that EXL3 holds."""
+    return tuple(Scheme.trellis(b, TRELLIS_WIDTHS[-1], turned=True) for b in bits)
 
 
 def score_layers(

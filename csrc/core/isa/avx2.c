@@ -372,12 +372,14 @@ typedef struct {
     __m256i a, b;
 } bw_hash;
 typedef struct {
-    __m256i pick[2], shift[2], mask;
+    __m256i pick[2], shift[2], mask, multiplier, addend;
 } bw_windows;
 
 /* The window of row r ends rate * (15 - r) bits before the end of the column's bytes, which count from the top. */
 static inline bw_windows bw_read_windows(int rate, int width) {
-    bw_windows w = {.mask = _mm256_set1_epi32((1 << width) - 1)};
+    bw_windows w = {.mask = _mm256_set1_epi32((1 << width) - 1),
+                    .multiplier = _mm256_set1_epi32((int)bw_trellis_multiplier(width)),
+                    .addend = _mm256_set1_epi32((int)bw_trellis_addend(width))};
     for (int h = 0; h < 2; h++) {
         uint8_t pick[32];
         int32_t shift[8];
@@ -393,14 +395,12 @@ static inline bw_windows bw_read_windows(int rate, int width) {
 }
 /* From the 16 bytes before `end`. */
 static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
-    const __m256i multiplier = _mm256_set1_epi32((int)BW_TRELLIS_MULTIPLIER),
-                  addend = _mm256_set1_epi32((int)BW_TRELLIS_ADDEND);
     __m256i bytes = _mm256_broadcastsi128_si256(load_half(end - 16, 0));
     __m256i a = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, w->pick[0]), w->shift[0]);
     __m256i b = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, w->pick[1]), w->shift[1]);
-    a = _mm256_mullo_epi32(_mm256_and_si256(a, w->mask), multiplier);
-    b = _mm256_mullo_epi32(_mm256_and_si256(b, w->mask), multiplier);
-    return (bw_hash){_mm256_add_epi32(a, addend), _mm256_add_epi32(b, addend)};
+    a = _mm256_mullo_epi32(_mm256_and_si256(a, w->mask), w->multiplier);
+    b = _mm256_mullo_epi32(_mm256_and_si256(b, w->mask), w->multiplier);
+    return (bw_hash){_mm256_add_epi32(a, w->addend), _mm256_add_epi32(b, w->addend)};
 }
 /* Sums in whole numbers of 32 bits. */
 typedef struct {

@@ -274,7 +274,7 @@ static inline int bw_least16(bw_w16 x) {
 /* Sixteen states of a trellis at once, one a row of a column; a hash is four bytes a lane. */
 typedef __m512i bw_hash;
 typedef struct {
-    __m512i pick, shift, mask;
+    __m512i pick, shift, mask, multiplier, addend;
 } bw_windows;
 
 /* The window of row r ends rate * (15 - r) bits before the end of the column's bytes, which count from the top. */
@@ -286,14 +286,15 @@ static inline bw_windows bw_read_windows(int rate, int width) {
         shift[r] = below & 7;
         for (int b = 0; b < 4; b++) pick[4 * r + b] = (uint8_t)(15 - below / 8 - b);
     }
-    return (bw_windows){_mm512_loadu_si512(pick), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << width) - 1)};
+    return (bw_windows){_mm512_loadu_si512(pick), _mm512_loadu_si512(shift), _mm512_set1_epi32((1 << width) - 1),
+                        _mm512_set1_epi32((int)bw_trellis_multiplier(width)),
+                        _mm512_set1_epi32((int)bw_trellis_addend(width))};
 }
 /* From the 16 bytes before `end`. */
 static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
     __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(end - 16)));
     __m512i states = _mm512_and_si512(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, w->pick), w->shift), w->mask);
-    __m512i product = _mm512_mullo_epi32(states, _mm512_set1_epi32((int)BW_TRELLIS_MULTIPLIER));
-    return _mm512_add_epi32(product, _mm512_set1_epi32((int)BW_TRELLIS_ADDEND));
+    return _mm512_add_epi32(_mm512_mullo_epi32(states, w->multiplier), w->addend);
 }
 /* Sums in whole numbers of 32 bits. */
 typedef __m512i bw_w32;

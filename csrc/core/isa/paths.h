@@ -58,14 +58,13 @@ typedef struct {
 } bw_hash;
 typedef bw_hash bw_w32;
 typedef struct {
-    int rate;
-    uint32_t mask;
+    int rate, width;
 } bw_windows;
 enum { DIGIT_PLANES = 1 };
 
 /* The window of row r ends rate * (15 - r) bits before the end of the column's bytes, which count from the top. */
 static inline bw_windows bw_read_windows(int rate, int width) {
-    return (bw_windows){rate, (1u << width) - 1};
+    return (bw_windows){rate, width};
 }
 /* From the 16 bytes before `end`. */
 static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
@@ -74,7 +73,8 @@ static inline bw_hash bw_hash_column(const uint8_t *end, const bw_windows *w) {
         int below = w->rate * (15 - r);
         const uint8_t *p = end - below / 8;
         uint32_t bits = (uint32_t)p[-1] | (uint32_t)p[-2] << 8 | (uint32_t)p[-3] << 16 | (uint32_t)p[-4] << 24;
-        hash.v[r] = bw_trellis_value(bits >> (below & 7) & w->mask) + BW_TRELLIS_MEAN;
+        uint32_t state = bits >> (below & 7) & ((1u << w->width) - 1);
+        hash.v[r] = bw_trellis_value(state, w->width) + BW_TRELLIS_MEAN;
     }
     return hash;
 }

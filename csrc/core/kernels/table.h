@@ -54,11 +54,12 @@ typedef struct {
 enum { BW_FEW_ROWS = 64 };
 
 /* A walk along n weights of a tile's sequence, which is a ring, from weight `first` on. values: tables of all states,
- * one for each of the 16 columns; x: the weights, in the same units. costs: (n + 1) rows of a cost a group, `stride`
- * apart, of which the first is given and the others are filled; 16 more may be read. */
+ * one for each of the 16 columns; columns: that of each weight; x: the weights, in the same units. costs: (n + 1) rows
+ * of a cost a group, `stride` apart, of which the first is given and the others are filled; 16 more may be read. */
 typedef struct {
     int width, rate, first, n;
     const int16_t *values[16];
+    const uint8_t *columns; /* (256) */
     const int16_t *x;
     uint16_t *costs;
     ptrdiff_t stride;

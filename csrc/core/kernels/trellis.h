@@ -39,7 +39,7 @@ static inline __attribute__((always_inline)) void step_path(const int16_t *value
 static inline __attribute__((always_inline)) void walk_at(const bw_walk *w, int rate) {
     for (int i = 0; i < w->n; i++) {
         int at = (w->first + i) % BW_TRELLIS_TILE;
-        step_path(w->values[at / BW_TRELLIS_SIDE], w->x[at], w->width, rate, w->costs + i * w->stride,
+        step_path(w->values[w->columns[at]], w->x[at], w->width, rate, w->costs + i * w->stride,
                   w->costs + (i + 1) * w->stride);
     }
 }
