@@ -53,6 +53,8 @@ class ExpertStack(nn.Module):
             index = int(index)
         if isinstance(index, int):
             return ExpertWeight(self.layer(range(len(self))[index]), not self.transposed, self.dtype)
+        if isinstance(index, tuple) and index == (slice(None), None) and not self.transposed:
+            return _Spread(self)
         return self.dense()[index]
 
     @property
@@ -149,6 +151,50 @@ class _Turned:
         return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
 
 
+class _Spread:
+    """A stack (experts, 1, outputs, inputs) on the left of a product, as `stack[:, None] @ x` has it."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self.stack = stack
+
+    def dense(self) -> torch.Tensor:
+        """All numbers at once."""
+        return self.stack.dense()[:, None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "stack":
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self, x)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The product runs expert by expert; all else gets the numbers."""
+        if func in _MATMULS and len(args) == 2 and not kwargs and isinstance(args[0], _Spread):
+            stack, x = args[0].stack, args[1]
+            if isinstance(x, torch.Tensor) and x.ndim == 4 and len(x) == len(stack):
+                return torch.stack([_times(stack.layer(e), columns) for e, columns in enumerate(x)])
+        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in (kwargs or {}).items()})
+
+
+def _on_numbers(name: str) -> Callable:
+    def operation(self: _Spread, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*others)
+
+    return operation
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem", "rmatmul"):
+    setattr(_Spread, f"__{_name}__", _on_numbers(f"__{_name}__"))
+
+
+def _times(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """W x of a layer's matrix W and columns x (..., inputs, columns)."""
+    return layer(x.transpose(-1, -2)).transpose(-1, -2)
+
+
 def _batched(x: Any, stack: ExpertStack) -> torch.Tensor | None:
     """x (experts, rows, inputs) times each expert's matrix; None for operands of another shape."""
     if not isinstance(x, torch.Tensor) or x.ndim != 3 or len(x) != len(stack):
@@ -217,7 +263,7 @@ class ExpertWeight:
         return torch.matmul(x, self)
 
     def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.dense(), x)
+        return torch.matmul(self, x)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.dense()[index]
@@ -243,6 +289,10 @@ class ExpertWeight:
                     return out if bias is None else out + bias
                 if func in _MATMULS and not weight.upright and len(args) == 2 and not kwargs:
                     return weight.layer(x)
+        if func in _MATMULS and len(args) == 2 and not kwargs and isinstance(args[0], ExpertWeight):
+            weight, x = args
+            if weight.upright and isinstance(x, torch.Tensor) and x.ndim >= 2:
+                return _times(weight.layer, x)
         return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
 
 
@@ -250,7 +300,7 @@ _MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 
 
 def _unpacked(value: Any) -> Any:
-    if isinstance(value, (ExpertStack, ExpertWeight, _Turned)):
+    if isinstance(value, (ExpertStack, ExpertWeight, _Spread, _Turned)):
         return value.dense()
     return type(value)(_unpacked(v) for v in value) if type(value) in (tuple, list) else value
 

@@ -11,9 +11,11 @@ import copy
 import torch
 from torch import nn
 
-__all__ = ["is_plain_convolution", "is_plain_linear"]
+__all__ = ["can_pack_convolution", "is_plain_convolution", "is_plain_linear"]
 
 _ROWS = 3
+# of a convolution in groups: fewer numbers in a kernel than this, and scales would take what codes save
+_LEAST_COLUMNS = 16
 _PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
@@ -58,3 +60,8 @@ def is_plain_convolution(module: nn.Module) -> bool:
     if own is None or module.padding_mode != "zeros":
         return False
     return type(module).forward is own.forward and type(module)._conv_forward is own._conv_forward
+
+
+def can_pack_convolution(module: nn.Module) -> bool:
+    """Whether a Conv1d or Conv2d is plain, and its kernels are long enough for codes to save bytes."""
+    return is_plain_convolution(module) and (module.groups == 1 or module.weight[0].numel() >= _LEAST_COLUMNS)

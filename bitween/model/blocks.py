@@ -66,7 +66,7 @@ def _as_one_block(model: nn.Module, parts: tuple, error: Exception) -> ModelLayo
     """
     embedding, blocks, head, others, kept = parts
     _forward(model, embedding)
-    outside = tuple(layer for layer in others if layer.kind in ("table", "own"))
+    outside = tuple(layer for layer in others if layer.kind in ("table", "own", "conv"))
     inside = (*(layer for block in blocks for layer in block.layers), *(x for x in others if x not in outside))
     whole = Block("", model, inside)
     layout = ModelLayout(embedding, (whole,), (), head, outside, kept, str(error).removeprefix("model: "))

@@ -197,6 +197,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _PRODUCTS and len(args) >= 2 and all(isinstance(x, torch.Tensor) for x in args[:2]):
             self._note(func is nn.functional.linear, args[1])
+            if func in _MATMULS:  # w @ x reads w as `linear` does: rows are outputs
+                self._note(True, args[0])
         return func(*args, **(kwargs or {}))
 
     def _note(self, linear: bool, operand: torch.Tensor) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from bitween.layers.embedding import is_lookup
 from bitween.layers.in_place import can_be_packed
-from bitween.layers.plain import is_plain_linear
+from bitween.layers.plain import can_pack_convolution, is_plain_linear
 from bitween.model.experts import experts_of, routers_of
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,8 +36,8 @@ class Layer:
         "conv1d" is transformers' Conv1D, a linear layer that stores its weight transposed. "table" is a lookup of
         anything but words (positions, segments, codebooks), "own" a linear layer that computes more than a product:
         it keeps its arithmetic (`bitween.layers.in_place`), rounded by its weights alone. "conv" is a convolution
-        of torch's, its kernels flattened to rows; only `bitween.model.whole` lists these. "expert" is one expert's
-        matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
+        of torch's, its kernels flattened to rows, in a model of blocks rounded by its weights too. "expert" is one
+        expert's matrix, a linear layer that sees the tokens routed to it; "router" the linear layer that chooses the
         experts and stays in full precision: a small change of it sends tokens elsewhere.
     shape : (int, int)
         Rows and columns of the weight: (outputs, inputs), for an embedding (tokens, width). A
@@ -223,8 +224,11 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "conv1d" or "embedding", for full and quantized layers alike; None for anything else."""
+    """ "linear", "conv1d" or "embedding", for full and quantized layers alike; "conv" for packed convolutions alone;
+    None for anything else."""
     if _is_quantized(module):
+        if hasattr(module, "kernel_size"):
+            return "conv"
         return "embedding" if hasattr(module, "num_embeddings") else "linear"
     if isinstance(module, nn.Linear):
         return "linear"
@@ -263,7 +267,9 @@ def _shape(module: nn.Module) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
     if kind == "conv1d":
         return module.nf, module.nx
-    return module.out_features, module.in_features
+    if kind == "linear":
+        return module.out_features, module.in_features
+    return module.weight.shape[0], module.weight[0].numel()
 
 
 def _make_layer(name: str, module: nn.Module, names: dict[tuple, list[str]]) -> Layer:
@@ -319,7 +325,21 @@ def _others(paths, names, listed: set[tuple], kinds: dict[str, str]) -> tuple[La
         make = _make_table if kind == "embedding" else _make_layer
         listed.add(key)
         layers.append(make(name, module, names))
-    return tuple(layers)
+    return (*layers, *_convolutions(paths))
+
+
+def _convolutions(paths) -> Iterator[Layer]:
+    """Convolutions whose kernels can be packed, but for those that share their memory; no block's input is known to be
+    theirs, wherever they stand."""
+    found: dict[tuple, list[tuple[str, nn.Module]]] = {}
+    for name, module in paths:
+        weight = getattr(module, "_parameters", {}).get("weight")
+        if weight is not None and not parametrize.is_parametrized(module):
+            found.setdefault(_weight_key(module), []).append((name, module))
+    for uses in found.values():
+        name, module = uses[0]
+        if len(uses) == 1 and isinstance(module, (nn.Conv1d, nn.Conv2d)) and can_pack_convolution(module):
+            yield Layer(name, module, "conv", _shape(module))
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

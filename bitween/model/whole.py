@@ -16,13 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bitween.layers.embedding import lookup_scale
-from bitween.layers.plain import is_plain_convolution, is_plain_linear
+from bitween.layers.plain import can_pack_convolution, is_plain_linear
 from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, kind_of
 
 __all__ = ["WholeLayout", "describe", "rows_read", "trace_order"]
-
-# of a convolution in groups: fewer numbers in a kernel than this, and scales would take what codes save
-_LEAST_COLUMNS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +183,7 @@ def _is_plain(module: nn.Module) -> bool:
         return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and is_plain_linear(module)
     if kind == "embedding":
         return module.max_norm is None and lookup_scale(module) is not None
-    return is_plain_convolution(module) and (module.groups == 1 or _shape(module)[1] >= _LEAST_COLUMNS)
+    return can_pack_convolution(module)
 
 
 def _uses(model: nn.Module, layout: WholeLayout) -> Iterator[tuple[Layer, nn.Module]]:

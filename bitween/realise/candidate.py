@@ -11,6 +11,7 @@ from bitween.decode import attach
 from bitween.model import blocks
 from bitween.model.experts import fold_untouched, shared_copy, unfolded
 from bitween.model.spill import Spill, end_rest
+from bitween.model.ties import write_tied_flag
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise import delivery
 
@@ -118,17 +119,22 @@ class Candidate:
                     setattr(module, name, torch.nn.Parameter(values, parameter.requires_grad))
         self._tie_again()
         self.model.config.dtype = dtype
-        delivery.write_tied_flag(self.model, self.original.tied)
+        write_tied_flag(self.model, self.original.tied)
         delivery.check_delivered(expected, delivery.logits_in_float32(self.model, ids), dtype)
         return attach(self.model)
 
     def _install(self, layer: blocks.Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
         """One packed layer with its bias and mode; modules that share the weight share the codes, each with its own."""
         from bitween.layers import QuantizedEmbedding, QuantizedLinear
+        from bitween.layers.conv import QuantizedConv
         from bitween.layers.embedding import lookup_scale, stored_scale
         from bitween.layers.in_place import PackedInPlace
 
         table, module = None, self._modules[layer.name]
+        if layer.kind == "conv":
+            bias = None if module.bias is None else module.bias.detach().to(dtype)
+            self.model.set_submodule(layer.name, QuantizedConv(tensor, module, bias, dtype).train(module.training))
+            return
         lookup = isinstance(module, torch.nn.Embedding) and lookup_scale(module) is not None
         if layer.kind == "own" or (layer.kind == "table" and not lookup):
             in_place = PackedInPlace.of(module, tensor, dtype)

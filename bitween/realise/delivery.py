@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from bitween.model.precision import in_float32
 from bitween.model.replay import logits_of, settled
 
-__all__ = ["ALLOWED", "check_delivered", "default_window", "in_float32", "logits_in_float32", "write_tied_flag"]
+__all__ = ["ALLOWED", "check_delivered", "default_window", "in_float32", "logits_in_float32"]
 
 # Largest root mean square difference of the logits, relative to theirs around each token's mean. Both models compute
 # in float32, so that what is left is the rounding of what stayed unquantized to the model's own dtype (2^-24, 2^-11
@@ -54,15 +52,3 @@ def check_delivered(expected: torch.Tensor, got: torch.Tensor, dtype: torch.dtyp
             f"logits; got a difference of {change:.2g}. Nothing was reported or saved; please report this model"
         )
     return change
-
-
-def write_tied_flag(model: Any, tied: bool) -> None:
-    """Let every config say whether head and embedding are one, as they are: saving and loading go by the flag."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
-    wrong = [c for c in configs.values() if getattr(c, "tie_word_embeddings", tied) != tied]
-    if not wrong:
-        return
-    for config in wrong:
-        config.tie_word_embeddings = tied
-    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 keeps the list that saving goes by
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

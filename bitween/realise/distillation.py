@@ -109,7 +109,7 @@ def _pace(damage: float) -> float:
 
 
 def _has_no_bias(layer: Layer) -> bool:
-    return layer.kind not in ("embedding", "table", "own") and getattr(layer.module, "bias", None) is None
+    return layer.kind not in ("embedding", "table", "own", "conv") and getattr(layer.module, "bias", None) is None
 
 
 def _is_norm(module: nn.Module) -> bool:

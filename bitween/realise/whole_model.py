@@ -17,7 +17,6 @@ from torch import nn
 
 import bitween
 from bitween._progress import Progress, no_progress
-from bitween.layers.conv import QuantizedConv
 from bitween.model.experts import fold_untouched, shared_copy
 from bitween.model.layout import Layer
 from bitween.model.outputs import tensors_of
@@ -96,14 +95,6 @@ class WholeCandidate(Candidate):
         if expected is not None:
             _check(expected, _answers(self.model, example), [p.dtype for p in user.parameters()])
         return self.model
-
-    def _install(self, layer: Layer, tensor: QuantizedTensor, dtype: torch.dtype) -> None:
-        if layer.kind != "conv":
-            super()._install(layer, tensor, dtype)
-            return
-        old = self._modules[layer.name]
-        bias = None if old.bias is None else old.bias.detach().to(dtype)
-        self.model.set_submodule(layer.name, QuantizedConv(tensor, old, bias, dtype).train(old.training))
 
 
 def _answers(model: nn.Module, example: Example) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Makes transformers know `quant_method: "bitween"`, and peft packed layers, after a mere `import bitween`.
+"""Makes transformers know `quant_method: "bitween"` and packed ends, peft packed layers, after a mere `import bitween`.
 
 Neither is imported for it. If the module that has to know is loaded, bitween registers at once; else a finder waits for
 that one module, steps aside when it comes, and registers once it has run.
@@ -17,6 +17,7 @@ from typing import Any
 _TABLE = "transformers.quantizers.auto"
 _REGISTERS = {  # module that has to know -> (what it has when it is whole, module of ours that tells it when imported)
     _TABLE: ("register_quantizer", "bitween.store.hub"),
+    "transformers.modeling_utils": ("PreTrainedModel", "bitween.store.resizing"),
     "peft.tuners.lora": ("LoraConfig", "bitween.adapters"),
 }
 

@@ -24,8 +24,9 @@ from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
 from bitween.layers.packed import Packed
 from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
+from bitween.model.ties import untie
 from bitween.scheme import Scheme
-from bitween.store import compressed_tensors, names
+from bitween.store import compressed_tensors, names, vocabulary
 from bitween.store.checkpoint import SCHEMA_VERSION, CheckpointError, read_header
 
 __all__ = ["METHOD", "Attached", "BitweenConfig", "BitweenQuantizer", "attach", "check_stored", "plan_of", "swap"]
@@ -129,10 +130,17 @@ class BitweenQuantizer(HfQuantizer):
         return []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        self._follow(model)
         _check_all(model)
         _keep_own_names(model)
         warnings.warn("written in bitween's own format: `import bitween` before loading it", stacklevel=3)
         return None, {}
+
+    def _follow(self, model: nn.Module) -> None:
+        """Layers may have been exchanged since the plan was written; what is saved is what there is."""
+        vocabulary.adopt(model)
+        untie(model)
+        self.quantization_config.plan = {name: str(scheme) for name, scheme in plan_of(model).items()}
 
     def is_serializable(self) -> bool:
         return True
@@ -146,6 +154,10 @@ class _CompressedTensorsWriter(BitweenQuantizer):
     """Makes `save_pretrained` write compressed-tensors instead."""
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
+        before = dict(self.quantization_config.plan)
+        self._follow(model)
+        if self.quantization_config.plan != before:
+            model.config.quantization_config = compressed_tensors.config(model)
         _check_all(model)
         state = compressed_tensors.state_dict(model)
         if not names.survives(state, model):
@@ -193,6 +205,7 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
     """
     if format not in ("auto", "native", "compressed-tensors"):
         raise ValueError(f"format: expected 'auto', 'native' or 'compressed-tensors'; got {format!r}")
+    vocabulary.adopt(model)
     found = plan_of(model)
     if not found:
         raise ValueError("model: expected quantized layers; it has none")
@@ -202,7 +215,7 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
     reasons = compressed_tensors.reasons(model)
     if format == "compressed-tensors" and reasons:
         raise ValueError("format: compressed-tensors cannot hold " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
-    _untie(model)
+    untie(model)
     if reasons or format == "native":
         config = BitweenConfig(found, transposed_experts=transposed_stacks(model))
         model.hf_quantizer = BitweenQuantizer(config)
@@ -247,7 +260,7 @@ def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable
                     model.set_submodule(tied, QuantizedEmbedding.tied_to(new))
                 elif use is not new:
                     model.set_submodule(tied, QuantizedLinear.tied_to(new, getattr(use, "bias", None)))
-    _untie(model)
+    untie(model)
 
 
 def _keep_own_names(model: nn.Module) -> None:
@@ -283,21 +296,6 @@ def check_stored(module: Packed, name: str) -> None:
             raise CheckpointError("expected five ternary digits a byte, at most 242", tensor=f"{name}.codes")
         if module.zeros is not None and bool((module.zeros & (module.zeros >> 1) & 0x55).any()):
             raise CheckpointError("expected ternary zeros of at most 2", tensor=f"{name}.zeros")
-
-
-def _untie(model: nn.Module) -> None:
-    """Forget ties between weights that are no longer there: quantized layers share codes by `tied_to`."""
-    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-        ties = getattr(model, attribute, None)
-        if isinstance(ties, dict):
-            setattr(model, attribute, {t: s for t, s in ties.items() if not _is_packed(model, s)})
-
-
-def _is_packed(model: nn.Module, parameter: str) -> bool:
-    try:
-        return isinstance(model.get_submodule(parameter.rpartition(".")[0]), Packed)
-    except AttributeError:
-        return False
 
 
 def _register() -> None:

@@ -14,6 +14,8 @@ KINDS = {
     "qwen3_moe": "stacks of experts, saved under other names",
     "hrm_text": "blocks that run more than once",
     "deepseek_v4": "hidden states of four dimensions, grouped linear layers",
+    "zamba": "a matrix a head, on the left of its product",
+    "got_ocr2": "a tower of convolutions that text does not reach",
     "emu3": "a text model whose config no Auto class knows",
 }
 

@@ -50,16 +50,73 @@ _SIZES = dict(
 # What a type needs beside these sizes; a dictionary goes to the part of the configuration of that name.
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}  # keys of every head come from one latent
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_BLT = {"hidden_size": 64, "cross_attn_k": 1, "hidden_size_global": 64}
+_DOTS3 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention", "sliding_attention"],
+    "num_key_value_heads": 4,
+    "shared_experts_intermediate_size": 32,
+    **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim", "swa_kv_lora_rank"), 16),
+    "swa_qk_nope_head_dim": 8,
+    "swa_q_lora_rank": 32,
+}
 _OWN: dict[str, dict] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "youtu"), _MLA),
     "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_tok": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 512,
+        "cross_attn_k": 1,
+        "encoder_config": _BLT,
+        "decoder_config": _BLT,
+        "global_config": {"hidden_size": 64},
+    },
     "codegen": {"rotary_dim": 8},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {
+        "text_config": {
+            **_DOTS3,
+            "hidden_size": 64,
+            "vocab_size": 320,
+            **dict.fromkeys(("intermediate_size", "max_position_embeddings"), 96),
+            **dict.fromkeys(("num_attention_heads", "n_routed_experts"), 4),
+            **dict.fromkeys(("kv_lora_rank", "v_head_dim", "head_dim", "index_head_dim", "index_topk"), 16),
+            **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+            **dict.fromkeys(("q_lora_rank", "moe_intermediate_size"), 32),
+            **dict.fromkeys(("index_n_heads", "num_experts_per_tok"), 2),
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+        },
+        "vision_config": {
+            **dict.fromkeys(("hidden_size", "adapter_in_dim", "adapter_out_dim"), 64),
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "moe_intermediate_size": 32,
+            "pyramid_num_routed": [-1, -1, 4, 4],
+        },
+        "audio_config": {
+            **dict.fromkeys(("hidden_size", "adapter_input_size", "adapter_out_dim", "downsample_hidden_size"), 64),
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        },
+    },
+    "dots3_note_text": _DOTS3,
     "dory": {"sliding_window": 256},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "gemma3": {"vision_config": {"vision_use_head": False}},  # as google/gemma-3-4b-it has it
+    "got_ocr2": {  # tables of positions, the larger part of a small tower, are less than 1 % of the real one
+        "vision_config": {
+            "image_size": 64,
+            "window_size": 2,
+            "output_channels": 32,
+            "mlp_dim": 96,
+            "global_attn_indexes": [1, 3],
+        }
+    },
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},

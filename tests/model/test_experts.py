@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitween
-from bitween import Bitween
+from bitween import Bitween, QuantizedLinear, Scheme
 from bitween.gradual import GradualQuantizer
 from bitween.layers.experts import ExpertStack
 from bitween.model.blocks import inspect
@@ -103,6 +103,42 @@ def test_unfolding_changes_no_logit_and_no_memory():
     assert stack.shape == parameter.shape
     assert torch.equal(stack.dense(), parameter)
     assert torch.equal(stack[1] + 0, parameter[1])  # any use that is no product gets the numbers
+
+
+class LeftProducts(torch.nn.Module):
+    """Two heads with a matrix each, multiplied with columns: all at once as Zamba does, and one by one."""
+
+    def __init__(self, at_once):
+        super().__init__()
+        self.embed, self.at_once = torch.nn.Embedding(20, 16), at_once
+        self.weight = torch.nn.Parameter(torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)))
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, ids):
+        x = self.embed(ids).transpose(1, 2)  # (batch, 16, length)
+        if self.at_once:
+            return self.weight[:, None] @ torch.stack([x, 2 * x])
+        return torch.stack([self.weight[0] @ x, torch.matmul(self.weight[1], 2 * x)])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_stacks_on_the_left_of_a_product_are_multiplied_packed(at_once, monkeypatch):
+    model, ids = LeftProducts(at_once), torch.arange(12).reshape(2, 6)
+    assert find_stacks(model) == {"weight": False}
+    want = model(ids)
+    other = unfolded(model)
+    torch.testing.assert_close(other(ids), want)
+    assert (other.weight[:, None] + 0).shape == (2, 1, 32, 16)  # any use that is no product gets the numbers
+    for e in range(2):
+        other.weight.add_module(str(e), QuantizedLinear.from_linear(other.weight.layer(e), Scheme(4, 16)))
+    bitween.set_matmul_mode(other, "exact")
+    plain = copy.deepcopy(model)
+    plain.weight.data.copy_(other.weight.dense())
+    monkeypatch.setattr(ExpertStack, "dense", lambda self: pytest.fail("unpacked"))
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids), plain(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_experts_is_not_copied():

@@ -70,7 +70,7 @@ class Sizes:
         """Whether the layer stays as it is."""
         if not layer.plain or layer.kind == "router" or (layer.kind == "embedding" and not self.target.embeddings):
             return True
-        if layer.kind in ("table", "own") and not self.target.in_place:
+        if layer.kind in ("table", "own", "conv") and not self.target.in_place:
             return True
         return layer.matches(self.ignore_layers)
 
