@@ -43,7 +43,7 @@ from bitween.layers import linear
 from bitween.model.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
-LONG = 512  # tokens of the long prompt
+LONG = 512  # tokens of the long prompt, where the model takes as many
 GGUF, ORIGINAL, SLOW = "4b g32 sym in llama.cpp", "original, bfloat16", ", layer by layer"
 TOKENIZER = Path(__file__).parent.parent / "tests/tiny/model"
 
@@ -186,7 +186,7 @@ def beginning(candidates: Candidates, long: torch.Tensor, rounds: int) -> list[d
     return [
         {
             "model": name,
-            f"{LONG} tokens, s": median(wall for wall, _ in prompt[name]),
+            f"{long.shape[1]} tokens, s": median(wall for wall, _ in prompt[name]),
             "CPU s": median(cpu for _, cpu in prompt[name]),
             "loading and a first token, s": median(wall for wall, _ in first[name]),
             "and its CPU s": median(cpu for _, cpu in first[name]),
@@ -220,7 +220,8 @@ def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    long = torch.randint(10, 250, (1, LONG), generator=torch.Generator().manual_seed(0))
+    most = original.config.max_position_embeddings - 8
+    long = torch.randint(10, 250, (1, min(LONG, most)), generator=torch.Generator().manual_seed(0))
     candidates = Candidates()
 
     def rounded(bits: float, group_size: int, symmetric: bool):
