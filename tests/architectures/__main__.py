@@ -21,9 +21,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-_SECONDS = (
-    900  # of CPU time for all checks of one type; of the clock, which runs on while others compute, four times this
-)
+_SECONDS = 900  # of CPU time for all checks of one type; four times this of the clock, as others may compute too
 _RESULTS = Path("build/architectures")
 _TABLE = Path("docs/architectures.md")
 
