@@ -50,7 +50,8 @@ def main() -> int:
         (_RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         bad = {k: v for k, v in result.items() if v.startswith(("WRONG", "ERROR"))}
         failed += bool(bad)
-        print(name, bad or "ok", flush=True)
+        built = not result["build"].startswith("none")
+        print(name, bad or ("ok" if built else result["build"]), flush=True)
     if not asked.types and not asked.checks:
         write(_RESULTS, _TABLE)
     print(f"{len(types)} types, {failed} with a failure")

@@ -73,7 +73,7 @@ _OWN: dict[str, dict] = {
         "global_config": {"hidden_size": 64},
     },
     "codegen": {"rotary_dim": 8},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"moe_top_k": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {
