@@ -137,6 +137,15 @@ def _config(directory: Path, settings: dict[str, Any], n_tensors: int) -> Any:
     return config
 
 
+def _serves(kind: type, config: Any) -> bool:
+    """Whether transformers builds models of a config by a class written for another (InternLM3's by Llama's)."""
+    from transformers.models.auto import modeling_auto
+
+    tables = (x for name, x in vars(modeling_auto).items() if name.endswith("_MAPPING"))
+    found = (table.get(type(config), None) for table in tables)
+    return any(kind in (x if isinstance(x, (tuple, list)) else (x,)) for x in found)
+
+
 def _skeleton(config: Any) -> nn.Module:
     """The model without memory for its weights: of the class that the config names, where transformers has it."""
     import transformers
@@ -145,7 +154,7 @@ def _skeleton(config: Any) -> nn.Module:
     kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     with torch.device("meta"):
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None:
-            if not isinstance(config, kind.config_class):
+            if not isinstance(config, kind.config_class) and not _serves(kind, config):
                 raise ValueError(f"architectures: {names[0]} is no model of a {type(config).__name__}")
             return kind._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -16,6 +16,7 @@ KINDS = {
     "deepseek_v4": "hidden states of four dimensions, grouped linear layers",
     "zamba": "a matrix a head, on the left of its product",
     "got_ocr2": "a tower of convolutions that text does not reach",
+    "internlm3": "a config of its own for the class of another",
     "emu3": "a text model whose config no Auto class knows",
 }
 

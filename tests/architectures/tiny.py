@@ -73,7 +73,7 @@ _OWN: dict[str, dict] = {
         "global_config": {"hidden_size": 64},
     },
     "codegen": {"rotary_dim": 8},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"moe_top_k": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {
@@ -137,6 +137,7 @@ _OWN: dict[str, dict] = {
         "split_ngram_parts": 4,
     },
     "reformer": {
+        "hash_seed": 0,  # else attention draws other hashes in every pass
         "axial_pos_shape": (16, 16),
         "axial_pos_embds_dim": (32, 32),
         "num_buckets": 4,
