@@ -14,7 +14,7 @@ from bitween.model.memory import MemoryAnalysis, analyze_memory
 from bitween.model.patterns import checked_patterns
 from bitween.model.whole import describe
 from bitween.rounding.methods import METHODS, Needs
-from bitween.scheme import BITS, TRELLIS_BITS, TRELLIS_WIDTHS, TURN, Scheme
+from bitween.scheme import BITS, TRELLIS_BITS, TRELLIS_WIDTHS, WIDTH, Scheme, can_turn
 from bitween.store.writing import writable
 from bitween.text.examples import is_inputs
 
@@ -224,8 +224,7 @@ def _copy(model: Any) -> Any:
 
 def _turned_where(layer: blocks.Layer, scheme: Scheme, turned: bool) -> Scheme:
     """The scheme, turned where the layer has whole blocks."""
-    whole = turned and layer.shape[0] % TURN == 0 and layer.shape[1] % TURN == 0
-    return Scheme.trellis(scheme.bits, scheme.width, turned=True) if whole else scheme
+    return Scheme.trellis(scheme.bits, scheme.width, turned=True) if turned and can_turn(layer.shape) else scheme
 
 
 def _width(method: str, effort: str) -> int:
@@ -234,7 +233,7 @@ def _width(method: str, effort: str) -> int:
         raise ValueError(f"effort: expected 'normal' or 'high'; got {effort!r}")
     if effort == "high" and method != "trellis":
         raise ValueError(f"effort: expected 'normal' for method {method!r}, whose effort is its own; got 'high'")
-    return TRELLIS_WIDTHS[-1] if effort == "high" else 12
+    return TRELLIS_WIDTHS[-1] if effort == "high" else WIDTH
 
 
 def _choose(rtn: bool, trainable: bool, method: str | None) -> str:

@@ -17,6 +17,12 @@ TRELLIS_BITS: tuple[float, ...] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
 TRELLIS_WIDTHS = range(10, 17)
 TILE = 16  # rows and columns of weights that one trellis path codes
 TURN = 128  # rows and columns of a Hadamard transform of a turned trellis
+WIDTH = 12  # bits of a trellis state, unless more effort is asked for
+
+
+def can_turn(shape: tuple[int, int]) -> bool:
+    """Whether a matrix has whole blocks of 128 rows and columns, as a turned trellis wants them."""
+    return shape[0] % TURN == 0 and shape[1] % TURN == 0
 
 
 @dataclass(frozen=True, order=True)
@@ -70,7 +76,7 @@ class Scheme:
         object.__setattr__(self, "group_size", int(self.group_size))
 
     @classmethod
-    def trellis(cls, bits: float, width: int = 12, turned: bool = False) -> Scheme:
+    def trellis(cls, bits: float, width: int = WIDTH, turned: bool = False) -> Scheme:
         """Trellis-coded weights (QTIP, arXiv 2406.11235): the last `width` bits of a stream are a value by themselves.
 
         Tiles of 16 x 16 weights are coded together, with one scale a row. At equal bits the squared error is about
@@ -137,7 +143,7 @@ class Scheme:
 
         Of a trellis `row_bytes` are those of 16 rows, and `row_zero_bytes` the rates of the column tiles.
         """
-        if self.turned and (rows % TURN or cols % TURN):
+        if self.turned and not can_turn((rows, cols)):
             raise ValueError(f"shape: expected multiples of {TURN} for {self}; got {rows} x {cols}")
         if self.coding == "trellis":
             down, across, half = -(-rows // TILE), -(-cols // TILE), round(2 * self.bits)

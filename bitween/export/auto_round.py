@@ -6,7 +6,6 @@ GPTQ kernels read the same tensors. (Format `auto_round:gptqmodel`, whose zero p
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import nn
 
 from bitween import _core
+from bitween.export.checkpoint import write_checkpoint
 from bitween.layers import QuantizedEmbedding, packed_layers
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import COMMON_BITS, Scheme
-from bitween.store.files import atomic_directory
 
 __all__ = ["config", "export_auto_round", "reasons", "tensors"]
 
@@ -93,24 +92,14 @@ def export_auto_round(
     ValueError
         naming the layers that the format cannot hold.
     """
-    refused = reasons(model)
-    if refused:
-        shown = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
-        raise ValueError(
-            f"model: {len(refused)} layers do not fit AutoRound's format ({shown}): plan with "
-            'export_target="auto-round"'
-        )
-    state = model.state_dict()
-    for name, module in packed_layers(model):
-        for part in ("codes", "scales", "zeros"):
-            state.pop(f"{name}.{part}", None)
-        state |= {f"{name}.{part}": value for part, value in tensors(module.quantized).items()}
-    # a view of the model with another config: no module is copied, and the model's own saving is not touched
-    plain = copy.copy(model)
-    plain.config = copy.deepcopy(model.config)
-    plain.config.quantization_config = config(model)
-    plain.hf_quantizer = None
-    with atomic_directory(directory) as folder:
-        plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    write_checkpoint(
+        model,
+        tokenizer,
+        directory,
+        form="AutoRound",
+        target="auto-round",
+        refused=reasons(model),
+        config=config,
+        tensors=tensors,
+        max_shard_size=max_shard_size,
+    )

@@ -9,7 +9,6 @@ and lowers all by .0018 of a deviation.
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitween.export.checkpoint import write_checkpoint
 from bitween.layers import QuantizedEmbedding, packed_layers
 from bitween.quantized_tensor import QuantizedTensor
+from bitween.rounding.turned import signs
 from bitween.scheme import TILE
-from bitween.store.files import atomic_directory
 
 __all__ = ["config", "export_exl3", "reasons", "tensors"]
 
@@ -70,8 +70,6 @@ def tensors(stored: QuantizedTensor) -> dict[str, torch.Tensor]:
     """
     if not stored.scheme.turned:
         raise ValueError(f"stored: expected turned trellis codes; got {stored.scheme}")
-    from bitween.rounding.turned import signs
-
     (rows, cols), bits = stored.shape, int(stored.scheme.bits)
     words = np.ascontiguousarray(stored.codes).view(">u4").astype("<u4")
     tiles = words.reshape(rows // TILE, cols // TILE, 8 * bits).transpose(1, 0, 2)
@@ -101,23 +99,14 @@ def export_exl3(
     ValueError
         naming the layers that the format cannot hold.
     """
-    refused = reasons(model)
-    if refused:
-        shown = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
-        raise ValueError(
-            f'model: {len(refused)} layers do not fit EXL3\'s format ({shown}): plan with export_target="exl3"'
-        )
-    state = model.state_dict()
-    for name, module in packed_layers(model):
-        for part in ("codes", "scales", "zeros"):
-            state.pop(f"{name}.{part}", None)
-        state |= {f"{name}.{part}": value for part, value in tensors(module.quantized).items()}
-    # a view of the model with another config: no module is copied, and the model's own saving is not touched
-    plain = copy.copy(model)
-    plain.config = copy.deepcopy(model.config)
-    plain.config.quantization_config = config(model)
-    plain.hf_quantizer = None
-    with atomic_directory(directory) as folder:
-        plain.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    write_checkpoint(
+        model,
+        tokenizer,
+        directory,
+        form="EXL3",
+        target="exl3",
+        refused=reasons(model),
+        config=config,
+        tensors=tensors,
+        max_shard_size=max_shard_size,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitween.scheme import TURN, Scheme
+from bitween.scheme import Scheme, can_turn
 
 __all__ = ["TARGETS", "Target", "find_target"]
 
@@ -61,8 +61,8 @@ def _auto_round(scheme: Scheme) -> bool:
     return scheme.coding == "grid" and scheme.bits in (2, 3, 4, 5, 6, 8)
 
 
-def _any_shape(scheme: Scheme, shape: tuple[int, int]) -> bool:
-    return not scheme.turned or _blocks_of_128(scheme, shape)
+def _whole_turns(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    return not scheme.turned or can_turn(shape)
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, int]) -> bool:
@@ -77,18 +77,14 @@ def _tiles_of_32(scheme: Scheme, shape: tuple[int, int]) -> bool:
     return shape[0] % 32 == 0 and shape[1] % 32 == 0 and _whole_groups(scheme, shape)
 
 
-def _blocks_of_128(scheme: Scheme, shape: tuple[int, int]) -> bool:
-    return shape[0] % TURN == 0 and shape[1] % TURN == 0
-
-
 TARGETS = {
     target.name: target
     for target in (
-        Target("any", lambda scheme: True, _any_shape, in_place=True),
+        Target("any", lambda scheme: True, _whole_turns, in_place=True),
         Target("vllm", _vllm, _whole_groups, fuses=True, stacks=True, embeddings=False),
         Target("marlin", _marlin, _whole_groups, fuses=True, stacks=True, embeddings=False),
         Target("gguf", _gguf, _blocks_of_32, stacks=True),
-        Target("exl3", _exl3, _blocks_of_128, embeddings=False, turned=True),
+        Target("exl3", _exl3, _whole_turns, embeddings=False, turned=True),
         Target("auto-round", _auto_round, _tiles_of_32, embeddings=False),
     )
 }

@@ -235,7 +235,7 @@ class WholeRun:
             points = [{"nbytes": s.nbytes, "damage": s.damage, "increase": s.increase} for s in descent.stages]
             near = {"text": conflict, "measured": points}
         plan = chosen.realisation.plan
-        report = QuantizationReport(
+        return QuantizationReport(
             targets=targets,
             memory=analyze_memory(model, self.model),
             quality=chosen.realisation.measurement.to_dict() | {"text": budget.said(chosen.increase)},
@@ -252,10 +252,9 @@ class WholeRun:
             conflict=near,
             uniform=uniform,
             seconds=dict(self.seconds),
+            unreached_experts=sorted(realiser.unreached),
+            full_precision=self.sizes.full_precision(),
         )
-        report.unreached_experts.extend(sorted(realiser.unreached))
-        report.full_precision.extend(self.sizes.full_precision())
-        return report
 
     def _tell(self, sentence: Callable, *facts: Any) -> None:
         tell(self.options["progress"], sentence(*facts))
