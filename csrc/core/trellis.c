@@ -50,8 +50,7 @@ bw_status bw_check_trellis(const bw_trellis *t, bw_trellis_layout *layout) {
     return t->codes && t->scales ? BW_OK : BW_ERR_ARGUMENT;
 }
 
-/* Steps of n rows from `row` on, zeros up to whole tiles. */
-static bw_status load_steps(const bw_trellis *t, ptrdiff_t row, ptrdiff_t n, float *steps) {
+bw_status bw_load_steps(const bw_trellis *t, ptrdiff_t row, ptrdiff_t n, float *steps) {
     int bad = 0;
     const bw_matrix scales = {t->scales, 1, t->rows, t->rows, 1, BW_F16};
     memset(steps, 0, (size_t)(tiles_in(n) * SIDE) * sizeof *steps);
@@ -87,7 +86,7 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
               padded = job->layout.col_tiles * SIDE, size = job->dtype == BW_F32 ? 4 : 2;
     float steps[SIDE], *columns = (float *)(job->scratch + worker * job->scratch_bytes),
                        *values = columns + padded * SIDE;
-    if (load_steps(t, row, lesser(t->rows - row, SIDE), steps)) {
+    if (bw_load_steps(t, row, lesser(t->rows - row, SIDE), steps)) {
         atomic_store(&job->status, BW_ERR_SCALE);
         return;
     }
@@ -146,7 +145,7 @@ static void multiply_few_chunk(void *context, ptrdiff_t chunk, int worker) {
     for (ptrdiff_t tile = first; tile < end; tile++) {
         float steps[SIDE], sums[BW_FEW_TOKENS * SIDE];
         ptrdiff_t row = tile * SIDE, n = lesser(p->weight->rows - row, SIDE);
-        if (load_steps(p->weight, row, n, steps)) atomic_store(&p->status, BW_ERR_SCALE);
+        if (bw_load_steps(p->weight, row, n, steps)) atomic_store(&p->status, BW_ERR_SCALE);
         bw_cpu()->trellis_multiply(&p->few, tile, p->x->rows, steps, sums);
         for (ptrdiff_t t = 0; t < p->x->rows; t++) finish(p, t, row, n, sums + t * SIDE);
     }
@@ -190,7 +189,7 @@ static void multiply_many_chunk(void *context, ptrdiff_t chunk, int worker) {
               n = lesser(p->weight->rows - row, MANY_ROWS);
     float steps[MANY_ROWS], *tile = (float *)(p->scratch + worker * p->scratch_bytes),
                             *sums = tile + padded * MANY_ROWS;
-    if (load_steps(p->weight, row, n, steps)) {
+    if (bw_load_steps(p->weight, row, n, steps)) {
         atomic_store(&p->status, BW_ERR_SCALE);
         return;
     }

@@ -58,15 +58,10 @@ static void decode_block(const bw_trellis *t, const bw_trellis_layout *l, ptrdif
 }
 
 /* What one unit of H V H is worth in each of 128 rows from `row` on. */
-static bw_status load_steps(const bw_trellis *t, ptrdiff_t row, float *steps) {
-    int bad = 0;
-    const bw_matrix scales = {t->scales, 1, t->rows, t->rows, 1, BW_F16};
-    bw_cpu()->load_row(&scales, 0, row, TURN, steps);
-    for (int r = 0; r < TURN; r++) {
-        bad |= !(steps[r] > 0 && steps[r] <= 65504);
-        steps[r] *= BW_TRELLIS_STEP / TURN * (float)bw_turn_sign(r);
-    }
-    return bad ? BW_ERR_SCALE : BW_OK;
+static bw_status load_turned_steps(const bw_trellis *t, ptrdiff_t row, float *steps) {
+    bw_status status = bw_load_steps(t, row, TURN, steps);
+    for (int r = 0; r < TURN; r++) steps[r] *= (float)bw_turn_sign(r) / TURN;
+    return status;
 }
 
 typedef struct {
@@ -87,7 +82,7 @@ static void dequantize_block(void *context, ptrdiff_t chunk, int worker) {
     const bw_trellis *t = job->tensor;
     float steps[TURN], *block = (float *)(job->scratch + worker * job->scratch_bytes), *rows = block + TURN * TURN;
     ptrdiff_t row_block = job->first / TURN + chunk, row = row_block * TURN, size = job->dtype == BW_F32 ? 4 : 2;
-    if (load_steps(t, row, steps)) {
+    if (load_turned_steps(t, row, steps)) {
         atomic_store(&job->status, BW_ERR_SCALE);
         return;
     }
@@ -126,7 +121,7 @@ static void multiply_block(void *context, ptrdiff_t chunk, int worker) {
     float steps[TURN], bias[TURN], *tile = (float *)(job->scratch + worker * job->scratch_bytes),
                                    *sums = tile + t->cols * TURN, *room = sums + BLOCK_TOKENS * TURN;
     ptrdiff_t row = chunk * TURN, size = job->dtype == BW_F32 ? 4 : 2;
-    if (load_steps(t, row, steps)) {
+    if (load_turned_steps(t, row, steps)) {
         atomic_store(&job->status, BW_ERR_SCALE);
         return;
     }

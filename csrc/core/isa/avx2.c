@@ -253,7 +253,7 @@ static inline bw_codes bw_take_narrow(const bw_span *span, int bits) {
             const __m256i pick = _mm256_set_epi8(12, 11, 11, 10, 10, 9, 10, 9, 9, 8, 8, 7, 7, 6, 7, 6, /* from bit 48 */
                                                  6, 5, 5, 4, 4, 3, 4, 3, 3, 2, 2, 1, 1, 0, 1, 0);
             const __m256i lift = _mm256_set1_epi64x(0x0100004000100400);
-            __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(span->p + 12 * h)));
+            __m256i bytes = _mm256_broadcastsi128_si256(load_half(span->p + 12 * h, 0));
             __m256i pairs = _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, pick), lift), 10);
             codes.v[h] =
                 _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 5)), _mm256_set1_epi16(0x0707));
