@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -176,6 +177,25 @@ def generating(candidates: Candidates, slow: str, ids: torch.Tensor, tokens: int
     ]
 
 
+def agreement(model, ids: torch.Tensor, by_core: torch.Tensor, slow: torch.Tensor) -> str:
+    """Whether both paths wrote the same text; else how far apart transformers' own logits are where it parts."""
+    if torch.equal(by_core, slow):
+        return f"Both paths wrote the same {slow.shape[1] - ids.shape[1]} tokens."
+    at = int((by_core != slow)[0].nonzero()[0])
+    decode.detach(model)
+    cache = None
+    with torch.no_grad():
+        for tokens in (slow[:, : ids.shape[1]], *slow[:, ids.shape[1] : at].split(1, dim=1)):
+            out = model(tokens, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    chosen, other = (float(out.logits[0, -1, text[0, at]]) for text in (slow, by_core))
+    step = torch.finfo(model.dtype).eps * 2 ** math.floor(math.log2(abs(chosen)))
+    return (
+        f"The texts part at token {at - ids.shape[1] + 1}, where transformers' own logits of both choices are "
+        f"{chosen:g} and {other:g}: {(chosen - other) / step:g} steps of {str(model.dtype).removeprefix('torch.')} apart."
+    )
+
+
 def beginning(candidates: Candidates, long: torch.Tensor, rounds: int) -> list[dict]:
     """A long prompt up to its first token, and the first token of a model from its files on."""
     names = [name for name in candidates.load if name in candidates.write]
@@ -217,7 +237,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     if options.model == "random":
         options.model = random_model(stack.enter_context(tempfile.TemporaryDirectory()))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     most = original.config.max_position_embeddings - 8
@@ -256,16 +276,16 @@ def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         else:
             print("neither llama-cpp-python nor xllamacpp is installed there", file=sys.stderr)
     rows = generating(candidates, fast + SLOW, ids, options.tokens, options.rounds)
-    if not torch.equal(candidates.text[fast], candidates.text[fast + SLOW]):
-        print("the text of both paths differs", file=sys.stderr)
     print(common.show(rows), end="\n\n", flush=True)
+    same = agreement(uniform, ids, candidates.text[fast], candidates.text[fast + SLOW])
+    print(same, end="\n\n", flush=True)
     begun = beginning(candidates, long, options.rounds)
     parts = shares(candidates, fast, ids, options.tokens)
     print(common.show(begun), common.show(parts), sep="\n\n")
     if options.dry:
         return
     print("written to", common.save("generate", [*rows, *begun, *parts], tokens=options.tokens, rounds=options.rounds))
-    common.write_page(common.PERFORMANCE, "generate", [common.show(rows), common.show(begun), common.show(parts)])
+    common.write_page(common.PERFORMANCE, "generate", [common.show(rows), same, common.show(begun), common.show(parts)])
 
 
 if __name__ == "__main__":
