@@ -1,13 +1,13 @@
 """Products with packed matrices against torch, llama.cpp's kind of kernel in torch, and the memory's own speed.
 
-    python benchmarks/matmul.py [--rounds 7] [--bits 2 3 4 8] [--prompt 512]
+    python benchmarks/matmul.py [--rounds 7] [--bits 2 3 4 8] [--trellis 2 3 4] [--prompt 512]
 
 One row of activations, as when a token is generated: every product reads other weights than the one before, from a
 ring of matrices that no cache holds, as the layers of a model are. "of read" is the packed bytes a second over the
 speed at which both threads merely read memory; "x bf16" is the time of torch's bfloat16 linear over ours; "x int4" that
 of torch's own packed product (_weight_int4pack_mm_for_cpu, groups of 64), which knows 4 bits only.
 
-Writes results/matmul.json, results/roofline.svg and the tables of docs/performance.md.
+Writes results/matmul.json, results/roofline.svg and the tables of docs/performance.md; --dry only prints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import statistics
 
 import common
+import numpy as np
 import torch
 
 import bitween
@@ -59,6 +60,21 @@ def packed(rows: int, cols: int, scheme: Scheme, mode: str):
     return make
 
 
+def trellis(rows: int, cols: int, rate: int, mode: str):
+    """Every stream of bits is a path, so the codes are random; which rate a column tile has is learned from one."""
+    tile = bitween.quantize(torch.randn(16, cols), Scheme.trellis(rate), method="trellis")
+
+    def make():
+        codes = np.random.default_rng(0).integers(0, 256, (rows // 16, tile.codes.shape[1]), dtype=np.uint8)
+        scales = np.full((rows, 1), 0.02, dtype=np.float16)
+        stored = bitween.QuantizedTensor(codes, scales, tile.zeros, tile.scheme, (rows, cols))
+        layer = QuantizedLinear.from_quantized(stored)
+        layer.mode = mode
+        return layer
+
+    return make
+
+
 def int4(rows: int, cols: int):
     codes = torch.randint(0, 16, (rows, cols), dtype=torch.int32)
     scales = torch.rand(cols // 64, rows, 2).bfloat16()
@@ -66,7 +82,9 @@ def int4(rows: int, cols: int):
     return lambda: (stored.clone(), scales.clone())
 
 
-def one_row(rows: int, cols: int, bits: list[float], rounds: int, read: float) -> list[dict[str, object]]:
+def one_row(
+    rows: int, cols: int, bits: list[float], rates: list[int], rounds: int, read: float
+) -> list[dict[str, object]]:
     x, xf = torch.randn(1, cols).bfloat16(), torch.randn(1, cols)
     plain = ring(lambda: torch.randn(rows, cols).bfloat16(), 2 * rows * cols)
     n = calls_for(2 * rows * cols)
@@ -87,6 +105,12 @@ def one_row(rows: int, cols: int, bits: list[float], rounds: int, read: float) -
             if mode != "int16" and width != 4:
                 continue
             layers = ring(packed(rows, cols, scheme, mode), sizes[scheme])
+            candidates[f"{scheme}, {mode}"] = repeated(lambda layers=layers: next(layers)(x), n)
+    for rate in rates:
+        scheme = Scheme.trellis(rate)
+        sizes[scheme] = scheme.nbytes(rows, cols)
+        for mode in ("int16", "int8"):
+            layers = ring(trellis(rows, cols, rate, mode), sizes[scheme])
             candidates[f"{scheme}, {mode}"] = repeated(lambda layers=layers: next(layers)(x), n)
     layers32 = ring(packed(rows, cols, Scheme(4, 64), "int16"), Scheme(4, 64).nbytes(rows, cols))
     candidates["4b g64 asym, int16, float32 in and out"] = repeated(lambda: next(layers32)(xf), n)
@@ -110,21 +134,23 @@ def one_row(rows: int, cols: int, bits: list[float], rounds: int, read: float) -
     return found
 
 
-def many_rows(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
+def many_rows(rows: int, cols: int, tokens: int, rates: list[int], rounds: int) -> list[dict[str, object]]:
     x = torch.randn(tokens, cols).bfloat16()
     weight = torch.randn(rows, cols).bfloat16()
     layer = packed(rows, cols, Scheme(4, 64), "int16")()
-    candidates = {"bf16": lambda: torch.nn.functional.linear(x, weight), "ours": lambda: layer(x)}
+    candidates = {"torch bfloat16": lambda: torch.nn.functional.linear(x, weight), "4b g64 asym": lambda: layer(x)}
+    for rate in rates:
+        codes = trellis(rows, cols, rate, "int16")()
+        candidates[str(Scheme.trellis(rate))] = lambda codes=codes: codes(x)
     seconds = common.alternate(candidates, rounds)
     work = 2 * tokens * rows * cols
-    names = {"bf16": "torch bfloat16", "ours": "4b g64 asym"}
     return [
         {
             "matrix": f"{rows} x {cols}, {tokens} rows",
-            "product": names[name],
+            "product": name,
             "ms": statistics.median(took) * 1e3,
             "GFLOP/s": work / statistics.median(took) / 1e9,
-            "x bf16": common.median_ratio(seconds["bf16"], took),
+            "x bf16": common.median_ratio(seconds["torch bfloat16"], took),
         }
         for name, took in seconds.items()
     ]
@@ -156,17 +182,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4, 8])
+    parser.add_argument("--trellis", type=int, nargs="*", default=[2, 3, 4], help="rates, in bits")
     parser.add_argument("--prompt", type=int, default=512, help="rows of the large product")
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
     torch.manual_seed(0)
     read = read_speed(options.rounds)
     print(f"reading memory: {read / 1e9:.1f} GB/s", flush=True)
-    few = []
+    few, many = [], []
     for rows, cols in SHAPES:
-        few += one_row(rows, cols, options.bits, options.rounds, read)
+        few += one_row(rows, cols, options.bits, options.trellis, options.rounds, read)
         print(common.show(few), flush=True)
-    many = [row for rows, cols in SHAPES for row in many_rows(rows, cols, options.prompt, options.rounds)]
+    for rows, cols in SHAPES:
+        many += many_rows(rows, cols, options.prompt, options.trellis, options.rounds)
     print(common.show(many))
+    if options.dry:
+        return
     common.save("matmul", [*few, *many], rounds=options.rounds, read_bytes_a_second=read)
     roofline(few, read)
     tables = [f"Reading memory: {read / 1e9:.1f} GB/s.", common.show(few), common.show(many)]

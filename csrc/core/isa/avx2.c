@@ -414,6 +414,9 @@ static inline bw_w32 bw_set32(int32_t x) {
 static inline bw_vf bw_float32(bw_w32 x) {
     return (bw_vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
 }
+static inline bw_w32 bw_add32(bw_w32 x, bw_w32 y) {
+    return (bw_w32){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
 static inline bw_w32 bw_join32(bw_w32 high, bw_w32 low) {
     (void)low;
     return high;

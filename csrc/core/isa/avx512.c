@@ -306,6 +306,9 @@ static inline bw_w32 bw_set32(int32_t x) {
 static inline bw_vf bw_float32(bw_w32 x) {
     return _mm512_cvtepi32_ps(x);
 }
+static inline bw_w32 bw_add32(bw_w32 x, bw_w32 y) {
+    return _mm512_add_epi32(x, y);
+}
 static inline bw_w32 bw_join32(bw_w32 high, bw_w32 low) {
     return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }

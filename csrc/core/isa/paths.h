@@ -88,6 +88,10 @@ static inline bw_vf bw_float32(bw_w32 x) {
     for (int i = 0; i < 16; i++) f[i] = (float)x.v[i];
     return bw_load(f);
 }
+static inline bw_w32 bw_add32(bw_w32 x, bw_w32 y) {
+    for (int i = 0; i < 16; i++) x.v[i] += y.v[i];
+    return x;
+}
 static inline bw_w32 bw_join32(bw_w32 high, bw_w32 low) {
     (void)low;
     return high;

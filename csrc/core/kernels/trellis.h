@@ -125,13 +125,21 @@ static void trellis_token(const bw_trellis_few *job, const float *x, char *token
     }
 }
 
-/* dots (and lower, where there are two planes) += a column times a whole number of each token. */
-static inline __attribute__((always_inline)) void add_column(bw_hash hash, int c, const int32_t *const *x,
-                                                             ptrdiff_t padded, int n_tokens, int planes, bw_w32 *dots,
-                                                             bw_w32 *lower) {
+/* Sums under way. Adding to a sum takes longer than hashing a column, so a token that is alone has CHAINS sums that take
+ * turns: of whole numbers, which add up to the same in any order. */
+enum { CHAINS = 3 };
+typedef struct {
+    bw_w32 dots[BW_TOKENS_AT_ONCE], lower[BW_TOKENS_AT_ONCE]; /* lower: where there are two planes of digits */
+} open_sums;
+
+/* sums += a column times a whole number of each token. */
+static inline __attribute__((always_inline)) void add_column(bw_hash hash, int c, int chain, const int32_t *const *x,
+                                                             ptrdiff_t padded, int n_tokens, int planes,
+                                                             open_sums *sums) {
     for (int t = 0; t < n_tokens; t++) {
-        dots[t] = bw_dot_hash(dots[t], hash, x[t][c]);
-        if (planes == 2) lower[t] = bw_dot_hash(lower[t], hash, x[t][c + padded]);
+        int i = n_tokens == 1 ? chain : t;
+        sums->dots[i] = bw_dot_hash(sums->dots[i], hash, x[t][c]);
+        if (planes == 2) sums->lower[i] = bw_dot_hash(sums->lower[i], hash, x[t][c + padded]);
     }
 }
 
@@ -140,12 +148,15 @@ static inline __attribute__((always_inline)) void add_column(bw_hash hash, int c
  * once would wait for that. */
 static inline __attribute__((always_inline)) void add_tile(const open_tile *tile, int rate, const bw_windows *windows,
                                                            const int32_t *const *x, ptrdiff_t padded, int n_tokens,
-                                                           int planes, bw_w32 *dots, bw_w32 *lower) {
+                                                           int planes, open_sums *sums) {
     const bw_windows w = windows[rate];
-#pragma GCC unroll 5
-    for (int c = 1; c < BW_TRELLIS_SIDE; c++)
-        add_column(bw_hash_column(tile->p + (c + 1) * 2 * rate, &w), c, x, padded, n_tokens, planes, dots, lower);
-    add_column(bw_hash_column(tile->seam + 16, &w), 0, x, padded, n_tokens, planes, dots, lower);
+    for (int first = 1; first < BW_TRELLIS_SIDE; first += CHAINS)
+#pragma GCC unroll 3
+        for (int i = 0; i < CHAINS; i++) {
+            int c = first + i;
+            add_column(bw_hash_column(tile->p + (c + 1) * 2 * rate, &w), c, i, x, padded, n_tokens, planes, sums);
+        }
+    add_column(bw_hash_column(tile->seam + 16, &w), 0, 0, x, padded, n_tokens, planes, sums);
 }
 
 /* sums += tiles of one cell times tokens that are rounded. */
@@ -155,11 +166,12 @@ static inline __attribute__((always_inline)) const uint8_t *add_cell(const bw_tr
                                                                      int digits, bw_vf *sums) {
     int planes = digits == 2 ? DIGIT_PLANES : 1;
     ptrdiff_t first = cell * 4, end = first + 4 < job->n_tiles ? first + 4 : job->n_tiles;
-    bw_w32 dots[BW_TOKENS_AT_ONCE], lower[BW_TOKENS_AT_ONCE];
-    for (int t = 0; t < n_tokens; t++) {
-        int32_t start = ((const int32_t *)tokens[t])[2 * job->padded + cell];
-        dots[t] = bw_set32(planes == 2 ? 0 : start);
-        lower[t] = bw_set32(start);
+    const int n_sums = n_tokens == 1 ? CHAINS : n_tokens;
+    open_sums open;
+    for (int i = 0; i < n_sums; i++) {
+        int32_t start = i < n_tokens ? ((const int32_t *)tokens[i])[2 * job->padded + cell] : 0;
+        open.dots[i] = bw_set32(planes == 2 ? 0 : start);
+        open.lower[i] = bw_set32(start);
     }
     for (ptrdiff_t k = first; k < end; k++) {
         open_tile tile;
@@ -168,17 +180,22 @@ static inline __attribute__((always_inline)) const uint8_t *add_cell(const bw_tr
         open_trellis_tile(codes, rate, codes == job->codes, &tile);
         for (int t = 0; t < n_tokens; t++) x[t] = (const int32_t *)tokens[t] + k * BW_TRELLIS_SIDE;
         switch (rate) {
-        case 1: add_tile(&tile, 1, windows, x, job->padded, n_tokens, planes, dots, lower); break;
-        case 2: add_tile(&tile, 2, windows, x, job->padded, n_tokens, planes, dots, lower); break;
-        case 3: add_tile(&tile, 3, windows, x, job->padded, n_tokens, planes, dots, lower); break;
-        case 4: add_tile(&tile, 4, windows, x, job->padded, n_tokens, planes, dots, lower); break;
-        default: add_tile(&tile, 5, windows, x, job->padded, n_tokens, planes, dots, lower);
+        case 1: add_tile(&tile, 1, windows, x, job->padded, n_tokens, planes, &open); break;
+        case 2: add_tile(&tile, 2, windows, x, job->padded, n_tokens, planes, &open); break;
+        case 3: add_tile(&tile, 3, windows, x, job->padded, n_tokens, planes, &open); break;
+        case 4: add_tile(&tile, 4, windows, x, job->padded, n_tokens, planes, &open); break;
+        default: add_tile(&tile, 5, windows, x, job->padded, n_tokens, planes, &open);
         }
         codes += 2 * BW_TRELLIS_SIDE * rate;
     }
     for (int t = 0; t < n_tokens; t++) {
         const float *scales = (const float *)tokens[t] + 2 * job->padded + job->padded / UNIT;
-        bw_vf dot = bw_float32(planes == 2 ? bw_join32(dots[t], lower[t]) : dots[t]);
+        bw_w32 dots = open.dots[t], lower = open.lower[t];
+        for (int i = n_tokens; i < n_sums; i++) {
+            dots = bw_add32(dots, open.dots[i]);
+            if (planes == 2) lower = bw_add32(lower, open.lower[i]);
+        }
+        bw_vf dot = bw_float32(planes == 2 ? bw_join32(dots, lower) : dots);
         sums[t] = bw_fma(dot, bw_set(scales[cell]), sums[t]);
     }
     return codes;
