@@ -3,7 +3,7 @@
     python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--isa avx2]
         [--llama PYTHON] [--tokens 64] [--rounds 5] [--threads 2] [--modes int16 int8 exact]
 
-MODEL_DIR may be "random": a Llama of SmolLM2-135M's shape with random weights, which takes the same time. All take
+MODEL_DIR may be random:LAYERSxWIDTHxINNERxVOCABULARY, a Llama of random weights. All take
 turns in one process. One model is rounded to one scheme, embedding and head included, since only the time counts here;
 --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set. --llama names
 an interpreter with llama-cpp-python or xllamacpp: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
@@ -34,7 +34,8 @@ from pathlib import Path
 
 import common
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from memory import make_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitween
 from bitween import Bitween, _core, decode
@@ -81,23 +82,6 @@ class Candidates:
 def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     model.generation_config.eos_token_id = None  # to write on without processors of logits that forbid the end
     return model.generate(ids, do_sample=False, pad_token_id=0, max_new_tokens=tokens)
-
-
-def random_model(folder: str) -> str:
-    """A Llama of SmolLM2-135M's shape, with random weights and the tokenizer of the tests' model."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return folder
 
 
 class Llama:
@@ -217,7 +201,7 @@ def beginning(candidates: Candidates, long: torch.Tensor, rounds: int) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="directory of a causal language model, or random")
+    parser.add_argument("model", help="directory of a causal language model, or random:SIZES")
     parser.add_argument("--quantized", help="directory of the same model, quantized")
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--group-size", type=int, default=64)
@@ -235,8 +219,10 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-    if options.model == "random":
-        options.model = random_model(stack.enter_context(tempfile.TemporaryDirectory()))
+    if options.model.startswith("random:"):
+        sizes = map(int, options.model.removeprefix("random:").split("x"))
+        options.model = stack.enter_context(tempfile.TemporaryDirectory())
+        make_llama(Path(options.model), TOKENIZER, *sizes)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
