@@ -11,8 +11,8 @@ which holds bitween's own codes, in a process of its own that works only in its 
 
 Columns: "CPU ms" is the CPU time of a token in all threads, which another program on the machine disturbs less than
 the time of the clock; "x bf16" and "x slow path" are medians over rounds of the ratio to the original and to
-transformers' own forward pass on the same packed layers ("layer by layer"), by the clock and by CPU time. The text of
-both paths has to be the same. The second table is a prompt of 512 tokens up to its first token, and a model's first
+transformers' own forward pass on the same packed layers ("layer by layer"), by the clock and by CPU time. The place
+where the texts of both paths part is told, with how close the choice was there. The second table is a prompt of 512 tokens up to its first token, and a model's first
 token from its files on. The third tells where the time of a token goes, as the core takes it.
 
 Writes results/generate.json and the tables of docs/performance.md; --dry only prints.
@@ -174,9 +174,10 @@ def agreement(model, ids: torch.Tensor, by_core: torch.Tensor, slow: torch.Tenso
             cache = out.past_key_values
     chosen, other = (float(out.logits[0, -1, text[0, at]]) for text in (slow, by_core))
     step = torch.finfo(model.dtype).eps * 2 ** math.floor(math.log2(abs(chosen)))
+    dtype = str(model.dtype).removeprefix("torch.")
     return (
         f"The texts part at token {at - ids.shape[1] + 1}, where transformers' own logits of both choices are "
-        f"{chosen:g} and {other:g}: {(chosen - other) / step:g} steps of {str(model.dtype).removeprefix('torch.')} apart."
+        f"{chosen:g} and {other:g}: {(chosen - other) / step:g} steps of {dtype} apart."
     )
 
 
