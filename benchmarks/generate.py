@@ -1,19 +1,20 @@
 """Tokens a second of transformers' generate, batch 1: quantized models against the bfloat16 model they came from.
 
     python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--isa avx2]
-        [--llama PYTHON] [--tokens 64] [--rounds 5] [--threads 2] [--modes int16 int8 exact]
+        [--llama PYTHON ...] [--tokens 64] [--rounds 5] [--threads 2] [--modes int16 int8 exact]
 
 MODEL_DIR may be random:LAYERSxWIDTHxINNERxVOCABULARY, a Llama of random weights. All take
 turns in one process. One model is rounded to one scheme, embedding and head included, since only the time counts here;
 --quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set. --llama names
-an interpreter with llama-cpp-python or xllamacpp: it reads the GGUF file of a model rounded to 4 bits in groups of 32,
-which holds bitween's own codes, in a process of its own that works only in its turn.
+interpreters with llama-cpp-python, xllamacpp or ik-llama-cpp-python: each reads the GGUF file of a model rounded to
+4 bits in groups of 32, which holds bitween's own codes, in a process of its own that works only in its turn.
 
 Columns: "CPU ms" is the CPU time of a token in all threads, which another program on the machine disturbs less than
 the time of the clock; "x bf16" and "x slow path" are medians over rounds of the ratio to the original and to
 transformers' own forward pass on the same packed layers ("layer by layer"), by the clock and by CPU time. The place
-where the texts of both paths part is told, with how close the choice was there. The second table is a prompt of 512 tokens up to its first token, and a model's first
-token from its files on. The third tells where the time of a token goes, as the core takes it.
+where the texts of both paths part is told, with how close the choice was there. The second table is a prompt of 512
+tokens up to its first token, and a model's first token from its files on. The third tells where the time of a token
+goes, as the core takes it.
 
 Writes results/generate.json and the tables of docs/performance.md; --dry only prints.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import statistics
@@ -46,7 +48,7 @@ from bitween.model.memory import model_bytes
 
 PROMPT = "The most important thing about a good night's sleep is"
 LONG = 512  # tokens of the long prompt, where the model takes as many
-GGUF, ORIGINAL, SLOW = "4b g32 sym in llama.cpp", "original, bfloat16", ", layer by layer"
+GGUF, ORIGINAL, SLOW = "4b g32 sym in ", "original, bfloat16", ", layer by layer"
 TOKENIZER = Path(__file__).parent.parent / "tests/tiny/model"
 
 
@@ -108,6 +110,10 @@ class Llama:
 
     def write(self, ids: torch.Tensor, tokens: int) -> float:
         return self.ask(f"{json.dumps(ids[0].tolist())} {tokens}")
+
+
+def first_token(llama: Llama, ids: torch.Tensor) -> float:
+    return llama.ask("load") + llama.write(ids, 1)
 
 
 def shares(candidates: Candidates, name: str, ids: torch.Tensor, tokens: int) -> list[dict[str, object]]:
@@ -207,7 +213,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--isa", choices=bitween.info()["isas"])
-    parser.add_argument("--llama", metavar="PYTHON", help="interpreter with llama-cpp-python or xllamacpp")
+    parser.add_argument("--llama", metavar="PYTHON", nargs="+", default=[], help="interpreters with a llama.cpp")
     parser.add_argument("--tokens", type=int, default=64, help="to generate")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -255,13 +261,15 @@ def measure(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     if options.llama:
         theirs = rounded(4, 32, True)
         candidates.add(f"4b g32 sym, {options.modes[0]}", theirs, options.modes[0])
-        llama = Llama(stack, options.llama, theirs, tokenizer, options.tokens)
-        if llama.version:
+        for python in options.llama:
+            llama = Llama(stack, python, theirs, tokenizer, options.tokens)
+            if not llama.version:
+                print(f"{python}: no llama.cpp that this knows is installed there", file=sys.stderr)
+                continue
             print(llama.version)
-            candidates.write[GGUF], candidates.nbytes[GGUF] = llama.write, llama.path.stat().st_size
-            candidates.load[GGUF] = lambda: llama.ask("load") + llama.write(ids, 1)
-        else:
-            print("neither llama-cpp-python nor xllamacpp is installed there", file=sys.stderr)
+            name = GGUF + llama.version.split()[0]
+            candidates.write[name], candidates.nbytes[name] = llama.write, llama.path.stat().st_size
+            candidates.load[name] = functools.partial(first_token, llama, ids)
     rows = generating(candidates, fast + SLOW, ids, options.tokens, options.rounds)
     print(common.show(rows), end="\n\n", flush=True)
     same = agreement(uniform, ids, candidates.text[fast], candidates.text[fast + SLOW])

@@ -1,11 +1,12 @@
-"""llama.cpp writing tokens on command, for generate.py, in whatever Python has llama-cpp-python or xllamacpp.
+"""llama.cpp writing tokens on command, for generate.py, in whatever Python has a package of it.
 
     python benchmarks/llama_generate.py FILE.gguf TOKENS THREADS
 
 First it answers with a line that names the package. Then each line on standard input is a prompt, token ids as a JSON
 list; it writes TOKENS tokens after it (or as many as "PROMPT N" says), from an empty cache and without stopping at the
 end of a text, and answers with a line: the seconds of CPU time that took, in all threads. "load" loads the file anew.
-Exit status 3: neither is installed. Needs nothing of bitween.
+It knows llama-cpp-python, xllamacpp and ik-llama-cpp-python. Exit status 3: none is installed. Needs nothing of
+bitween.
 """
 
 import json
@@ -63,8 +64,28 @@ class Server:
             raise SystemExit(f"llama.cpp: expected {tokens} tokens; got {answer}")
 
 
+class Fork:
+    """ik-llama-cpp-python, a fork with kernels of its own, which comes as wheels."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from ik_llama_cpp import IkLlama
+
+        self.llama = IkLlama(path, n_ctx=MOST, n_threads=threads, n_seq_max=1, verbose=False)
+
+    @staticmethod
+    def name() -> str:
+        from ik_llama_cpp import __version__
+
+        return f"ik-llama-cpp-python {__version__}"
+
+    def write(self, ids: list[int], tokens: int) -> None:
+        written = self.llama.generate(ids, max_tokens=tokens, temperature=0.0)
+        if len(written) != tokens:  # it can't be told to write on
+            raise SystemExit(f"ik-llama-cpp-python: expected {tokens} tokens; got {len(written)}, then an end of text")
+
+
 def installed() -> type | None:
-    for kind in (Bindings, Server):
+    for kind in (Bindings, Server, Fork):
         try:
             kind.name()
         except ImportError:
