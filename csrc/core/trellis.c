@@ -85,16 +85,15 @@ static void decode_chunk(void *context, ptrdiff_t chunk, int worker) {
     ptrdiff_t tile = job->first / SIDE + chunk, row = tile * SIDE, end = lesser(job->first + job->n, row + SIDE),
               padded = job->layout.col_tiles * SIDE, size = job->dtype == BW_F32 ? 4 : 2;
     float steps[SIDE], *columns = (float *)(job->scratch + worker * job->scratch_bytes),
-                       *values = columns + padded * SIDE;
+                       *rows = columns + padded * SIDE;
     if (bw_load_steps(t, row, lesser(t->rows - row, SIDE), steps)) {
         atomic_store(&job->status, BW_ERR_SCALE);
         return;
     }
     decode_tiles(t, &job->layout, tile, steps, columns, SIDE);
-    for (ptrdiff_t r = row < job->first ? job->first : row; r < end; r++) {
-        for (ptrdiff_t c = 0; c < t->cols; c++) values[c] = columns[c * SIDE + r - row];
-        bw_cpu()->store(values, t->cols, job->dtype, job->out + (r - job->first) * t->cols * size);
-    }
+    bw_cpu()->transpose(columns, padded, rows, padded);
+    for (ptrdiff_t r = row < job->first ? job->first : row; r < end; r++)
+        bw_cpu()->store(rows + (r - row) * padded, t->cols, job->dtype, job->out + (r - job->first) * t->cols * size);
 }
 
 bw_status bw_trellis_dequantize(const bw_trellis *tensor, ptrdiff_t first, ptrdiff_t n, bw_dtype dtype, void *out) {
@@ -108,7 +107,7 @@ bw_status bw_trellis_dequantize(const bw_trellis *tensor, ptrdiff_t first, ptrdi
     if (tensor->turned) return bw_turned_dequantize(tensor, &job.layout, first, n, dtype, out);
     ptrdiff_t n_chunks = (first + n - 1) / SIDE - first / SIDE + 1;
     int n_workers = bw_n_workers(n_chunks);
-    job.scratch_bytes = bw_aligned(job.layout.col_tiles * SIDE * (SIDE + 1) * 4);
+    job.scratch_bytes = bw_aligned(job.layout.col_tiles * SIDE * SIDE * 2 * 4);
     job.scratch = bw_alloc(n_workers, job.scratch_bytes);
     if (!job.scratch) return BW_ERR_MEMORY;
     status = bw_parallel_for(n_workers, n_chunks, decode_chunk, &job);

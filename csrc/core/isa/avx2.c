@@ -367,6 +367,30 @@ static inline int bw_least16(bw_w16 x) {
     return _mm_cvtsi128_si32(_mm_minpos_epu16(z)) & 0xffff;
 }
 
+/* Rows, `stride` apart, of 16 columns of 16 numbers. */
+static inline void bw_transpose16(const float *columns, float *rows, ptrdiff_t stride) {
+    for (int block = 0; block < 4; block++) { /* of eight columns and rows */
+        const float *from = columns + block / 2 * 128 + block % 2 * 8;
+        float *to = rows + block % 2 * 8 * stride + block / 2 * 8;
+        __m256 r[8], t[8];
+        for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + 16 * i);
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+            t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4)
+            for (int j = 0; j < 2; j++) {
+                __m256d even = _mm256_castps_pd(t[i + j]), odd = _mm256_castps_pd(t[i + j + 2]);
+                r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(even, odd));
+                r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd));
+            }
+        for (int j = 0; j < 4; j++) { /* half q of r[4i + j] is row 4q + j, columns 4i .. 4i+3 */
+            _mm256_storeu_ps(to + j * stride, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+            _mm256_storeu_ps(to + (4 + j) * stride, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+        }
+    }
+}
+
 /* Sixteen states of a trellis at once, one a row of a column; a hash is four bytes a lane. */
 typedef struct {
     __m256i a, b;

@@ -271,6 +271,30 @@ static inline int bw_least16(bw_w16 x) {
     return _mm_cvtsi128_si32(_mm_minpos_epu16(z)) & 0xffff;
 }
 
+/* Rows, `stride` apart, of 16 columns of 16 numbers. */
+static inline void bw_transpose16(const float *columns, float *rows, ptrdiff_t stride) {
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(columns + 16 * i);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d even = _mm512_castps_pd(t[i + j]), odd = _mm512_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd));
+            r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
+        }
+    for (int j = 0; j < 4; j++) { /* a quarter q of r[4i + j] is row 4q + j, columns 4i .. 4i+3 */
+        __m512 a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+        __m512 c = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_ps(rows + j * stride, _mm512_shuffle_f32x4(a, b, 0x88));
+        _mm512_storeu_ps(rows + (4 + j) * stride, _mm512_shuffle_f32x4(c, d, 0x88));
+        _mm512_storeu_ps(rows + (8 + j) * stride, _mm512_shuffle_f32x4(a, b, 0xdd));
+        _mm512_storeu_ps(rows + (12 + j) * stride, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+}
+
 /* Sixteen states of a trellis at once, one a row of a column; a hash is four bytes a lane. */
 typedef __m512i bw_hash;
 typedef struct {

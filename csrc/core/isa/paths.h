@@ -52,6 +52,12 @@ static inline int bw_least16(bw_w16 x) {
 }
 #undef EACH16
 
+/* Rows, `stride` apart, of 16 columns of 16 numbers. */
+static inline void bw_transpose16(const float *columns, float *rows, ptrdiff_t stride) {
+    for (int r = 0; r < 16; r++)
+        for (int c = 0; c < 16; c++) rows[r * stride + c] = columns[16 * c + r];
+}
+
 /* A hash, its bytes already summed. */
 typedef struct {
     int32_t v[16];

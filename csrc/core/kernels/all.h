@@ -46,6 +46,7 @@
         .trellis_walk = trellis_walk,               \
         .trellis_values = trellis_values,           \
         .trellis_decode = trellis_decode,           \
+        .transpose = transpose,                     \
         .trellis_token = trellis_token,             \
         .trellis_multiply = trellis_multiply,       \
         .round_row = round_row,                     \

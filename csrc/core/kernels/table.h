@@ -155,6 +155,7 @@ typedef struct {
     void (*trellis_values)(const int16_t *values, ptrdiff_t n, int factor, int16_t *out);
     void (*trellis_decode)(const uint8_t *codes, const uint8_t *rates, ptrdiff_t n_tiles, int width, int at_start,
                            const float *scales, float *out, ptrdiff_t stride);
+    void (*transpose)(const float *columns, ptrdiff_t n, float *rows, ptrdiff_t stride);
     void (*trellis_token)(const bw_trellis_few *job, const float *x, char *token);
     void (*trellis_multiply)(const bw_trellis_few *job, ptrdiff_t row_tile, ptrdiff_t n_tokens, const float *scales,
                              float *out);
