@@ -106,8 +106,7 @@ static void trellis_decode(const uint8_t *codes, const uint8_t *rates, ptrdiff_t
 
 /* 16 rows, `stride` apart, of n columns of 16 numbers; n is a multiple of 16. */
 static void transpose(const float *columns, ptrdiff_t n, float *rows, ptrdiff_t stride) {
-    for (ptrdiff_t c = 0; c < n; c += BW_TRELLIS_SIDE)
-        bw_transpose16(columns + c * BW_TRELLIS_SIDE, rows + c, stride);
+    for (ptrdiff_t c = 0; c < n; c += BW_TRELLIS_SIDE) bw_transpose16(columns + c * BW_TRELLIS_SIDE, rows + c, stride);
 }
 
 /* A token rounded to whole numbers: one a column for each plane of digits, then for each cell of 64 columns a scale and
@@ -131,8 +130,8 @@ static void trellis_token(const bw_trellis_few *job, const float *x, char *token
     }
 }
 
-/* Sums under way. Adding to a sum takes longer than hashing a column, so a token that is alone has CHAINS sums that take
- * turns: of whole numbers, which add up to the same in any order. */
+/* Sums under way. Adding to a sum takes longer than hashing a column, so a token that is alone has CHAINS sums that
+ * take turns: of whole numbers, which add up to the same in any order. */
 enum { CHAINS = 3 };
 typedef struct {
     bw_w32 dots[BW_TOKENS_AT_ONCE], lower[BW_TOKENS_AT_ONCE]; /* lower: where there are two planes of digits */
