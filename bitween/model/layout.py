@@ -198,7 +198,7 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
         No linear layers, no list of blocks, no embedding or head, weights on the meta device, on
         several devices, or of a dtype other than float32, float16 and bfloat16.
     """
-    _check_placement(model)
+    check_placement(model)
     paths = list(model.named_modules(remove_duplicate=False))
     names = _names_by_weight(paths)
     if not any(kind_of(m) in ("linear", "conv1d") for _, m in paths):
@@ -359,7 +359,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best[1], list(best[2])
 
 
-def _check_placement(model: nn.Module) -> None:
+def check_placement(model: nn.Module) -> None:
+    """Raise ValueError unless all weights hold numbers and are on one device."""
     devices: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from bitween.layers.embedding import lookup_scale
 from bitween.layers.plain import can_pack_convolution, is_plain_linear
-from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, kind_of
+from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, check_placement, kind_of
 
 __all__ = ["WholeLayout", "describe", "rows_read", "trace_order"]
 
@@ -59,7 +59,7 @@ def describe(model: nn.Module) -> WholeLayout:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module; got {type(model).__name__}")
-    _check_placement(model)
+    check_placement(model)
     paths = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if _kind(module)]
     shared: dict[tuple, list[tuple[str, nn.Module]]] = {}
     for name, module in paths:
@@ -192,17 +192,6 @@ def _uses(model: nn.Module, layout: WholeLayout) -> Iterator[tuple[Layer, nn.Mod
     for layer in (layer for layer in layout.layers if layer.plain):
         for module in {id(m): m for m in (model.get_submodule(n) for n in (layer.name, *layer.shared))}.values():
             yield layer, module
-
-
-def _check_placement(model: nn.Module) -> None:
-    devices: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name}: expected loaded weights; got a tensor on the meta device, which holds no values")
-        devices.setdefault(str(parameter.device), name)
-    if len(devices) > 1:
-        where = ", ".join(f"{device} ({name}, ...)" for device, name in devices.items())
-        raise ValueError(f"model: expected all weights on one device; got {where}")
 
 
 def _kept(model: nn.Module, taken: set[tuple]) -> Iterator[Kept]:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import index
 
@@ -346,6 +347,19 @@ def _freeze(split: _Split, texts, vocabulary: int | None) -> TokenWindows:
     return TokenWindows(ids, torch.tensor(split.document, dtype=torch.long))
 
 
+def count_splits(ready: Mapping[str, TokenWindows], wanted: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """{split: how many windows were asked for, and how many windows, documents and tokens there are}."""
+    return {
+        name: {
+            "asked": wanted[name],
+            "windows": len(windows),
+            "documents": len(windows.document.unique()),
+            "tokens": windows.tokens,
+        }
+        for name, windows in ready.items()
+    }
+
+
 def _report(ready: dict[str, TokenWindows], wanted, texts, source, seed: int, notes: list[str]) -> dict:
     digest = hashlib.sha256()
     for windows in ready.values():
@@ -356,15 +370,7 @@ def _report(ready: dict[str, TokenWindows], wanted, texts, source, seed: int, no
         "length": texts.length,
         "begins_with": list(texts.prefix),
         "documents": len(texts),
-        "splits": {
-            name: {
-                "asked": wanted[name],
-                "windows": len(windows),
-                "documents": len(windows.document.unique()),
-                "tokens": windows.tokens,
-            }
-            for name, windows in ready.items()
-        },
+        "splits": count_splits(ready, wanted),
         "warnings": list(notes),
         "sha256": digest.hexdigest(),
     }

@@ -242,15 +242,7 @@ def _report(parts, names, ready, wanted, seed: int, documents: int) -> dict[str,
         "length": first["length"],
         "begins_with": first["begins_with"],
         "documents": documents,
-        "splits": {
-            name: {
-                "asked": wanted[name],
-                "windows": len(windows),
-                "documents": len(windows.document.unique()),
-                "tokens": windows.tokens,
-            }
-            for name, windows in ready.items()
-        },
+        "splits": calibration.count_splits(ready, wanted),
         "domains": {name: parts[name].report if name in parts else None for name in names},
         "warnings": [f"{name}: {note}" for name, part in parts.items() for note in part.report["warnings"]],
         "sha256": digest.hexdigest(),
