@@ -75,6 +75,7 @@ class Bitween:
         ignore_layers: Iterable[str] = (),
         effort: str = "normal",
         turned: bool = False,
+        transforms: str | None = None,
     ) -> Any:
         """Quantize and return a new model of packed layers.
 
@@ -92,6 +93,10 @@ class Bitween:
             times as long to search and leave about a tenth less squared error in as many bytes
         turned : with method="trellis" and effort="high", layers whose rows and columns are multiples of 128 are stored
             between Hadamard transforms, which even out weights far from the others, and as EXL3 stores them
+        transforms : "auto" first rotates and scales a causal language model's weights into a basis that is easier to
+            quantize, where its architecture allows one (`bitween.transforms`; a tied head may get a weight of its own,
+            and all that stays in full precision is in that basis); "none" leaves the basis alone. By default "auto" for
+            method="trellis", whose one scale a row can't follow outliers, unless `turned` does that; "none" otherwise
 
         Raises
         ------
@@ -108,12 +113,17 @@ class Bitween:
         scheme = Scheme.trellis(self.scheme.bits, width) if method == "trellis" else self.scheme
         if method != "trellis" and scheme.coding == "trellis":
             raise ValueError(f"method: expected 'trellis' for {self.scheme.bits:g} bits; got {method!r}")
+        if transforms not in (None, "auto", "none"):
+            raise ValueError(f'transforms: expected "auto" or "none"; got {transforms!r}')
         patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
         if self.runs_whole or is_inputs(calibration_data):
             return self._whole(patterns, scheme, method, calibration_data, turned)
         from bitween.realise.candidate import Candidate
 
         base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
+        dtype = self.layout.embedding.module.weight.dtype
+        if transforms == "auto" or (transforms is None and method == "trellis" and not turned):
+            self._transform(base)
         self.layout = blocks.inspect(base)
         wanted = self._wanted(patterns)
         check_attachments(self.model, wanted)
@@ -123,7 +133,7 @@ class Bitween:
             self._direct(candidate, plan, method)
         else:
             candidate, ids = self._calibrated(base, plan, method, calibration_data)
-        model = writable(candidate.install(self.layout.embedding.module.weight.dtype, ids))
+        model = writable(candidate.install(dtype, ids))
         self._memory = analyze_memory(model, self.model)
         return model
 
@@ -159,6 +169,17 @@ class Bitween:
 
     def _own_method(self) -> str | None:
         return "trellis" if self.scheme.coding == "trellis" else None
+
+    def _transform(self, base: Any) -> None:
+        """Turn a copy into a basis that is easier to quantize, in float32."""
+        from bitween.transforms import apply, plan_transforms
+
+        for parameter in base.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        layout = blocks.inspect(base)
+        table_bits = self.scheme.bits if self.embeddings else 8 * self.layout.embedding.module.weight.element_size()
+        apply(base, layout, plan_transforms(base, layout, table_bits=table_bits), seed=self.seed)
 
     def _wanted(self, patterns: tuple[str, ...]) -> list[blocks.Layer]:
         ends = {self.layout.embedding.name, self.layout.head.name}

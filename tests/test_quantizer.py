@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -98,3 +100,58 @@ def test_memory_counts_shared_weights_once(tiny_model):
     memory = analyze_memory(tiny_model)
     assert sum(memory.by_block.values()) == sum(memory.by_layer.values()) == memory.total
     assert memory.reduction == 0
+
+
+def with_outliers(model):
+    """The same function with channels between up and down far apart in size, as training leaves them."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for block in model.model.layers:
+            factors = torch.randn(block.mlp.up_proj.out_features, generator=generator).mul(1.5).exp()
+            factors = factors.to(model.dtype)
+            block.mlp.up_proj.weight *= factors[:, None]
+            block.mlp.down_proj.weight /= factors
+    return model
+
+
+def test_trellis_codes_bear_outlier_channels(tiny_model, tiny_tokenizer):
+    model = with_outliers(tiny_model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 67)[None]
+    with torch.no_grad():
+        reference = model(ids).logits.float()
+
+    def damage(**options):
+        quantizer = Bitween(model, tiny_tokenizer, bits=3, group_size=64, calibration_samples=12)
+        packed = quantizer.quantize(**options)
+        assert packed.dtype == model.dtype
+        with torch.no_grad():
+            return float(bitween.kl_divergence(reference, packed(ids).logits.float()).mean())
+
+    grid = damage(method="gptq+refine")
+    assert damage(method="trellis") < 0.8 * grid
+    assert damage(method="trellis", transforms="none") > grid
+    assert damage(method="gptq+refine", transforms="auto") < grid
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+
+
+def test_a_transformed_model_keeps_its_dtype_and_comes_back(tiny_model, tiny_tokenizer, tmp_path):
+    for parameter in tiny_model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    packed = Bitween(tiny_model, tiny_tokenizer, bits=3, calibration_samples=4).quantize(method="trellis")
+    assert {p.dtype for p in packed.parameters()} == {torch.bfloat16}
+    ids = torch.arange(3, 67)[None]
+    with torch.no_grad():
+        wanted = packed(ids).logits
+        bitween.save_model(packed, None, tmp_path / "saved")
+        assert torch.equal(bitween.load_model(tmp_path / "saved")[0](ids).logits, wanted)
+
+
+def test_transforms_are_checked(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match='transforms: expected "auto" or "none"; got 3'):
+        Bitween(tiny_model, tiny_tokenizer).quantize(transforms=3)
