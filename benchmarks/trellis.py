@@ -4,6 +4,9 @@ model.
 .venv/bin/python benchmarks/trellis.py [MODEL_DIR] [--ways gptq+refine:64,gptq+refine:-1,trellis,trellis:high]
     [--bits 4,3,2] [--windows 24] [--every 1]
 
+A way is a method and what it takes: `gptq+refine:-1` whole rows as groups, `trellis:high` states of 16 bits,
+`gptq+refine:64:auto` in a basis that is easier to quantize, which trellis codes take by themselves, `trellis:none` not.
+
 `--every 3` quantizes only each third block, for slow ways on larger models.
 """
 
@@ -27,7 +30,7 @@ TINY = Path(__file__).parent.parent / "tests/tiny/model"
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", nargs="?", default=str(TINY))
-    parser.add_argument("--ways", default="gptq+refine:64,trellis", help="method[:group size, or effort]")
+    parser.add_argument("--ways", default="gptq+refine:64,trellis", help="method[:group size][:effort][:transforms]")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens for calibration")
     parser.add_argument("--selection", type=int, default=8, help="windows that are scored")
@@ -51,13 +54,14 @@ def main(o: argparse.Namespace) -> None:
     )
     for bits in (float(b) for b in o.bits.split(",")):
         for way in o.ways.split(","):
-            method, _, detail = way.partition(":")
-            group = int(detail) if detail.lstrip("-").isdigit() else 64
-            effort = "high" if detail == "high" else "normal"
+            method, *details = way.split(":")
+            group = next((int(d) for d in details if d.lstrip("-").isdigit()), 64)
+            effort = "high" if "high" in details else "normal"
+            transforms = next((d for d in details if d in ("auto", "none")), None)
             started = time.monotonic()
             wanted = int(bits) if bits.is_integer() else bits
             quantizer = Bitween(model, tokenizer, bits=wanted, group_size=group, calibration_samples=o.windows)
-            quantized = quantizer.quantize(method=method, effort=effort, ignore_layers=left)
+            quantized = quantizer.quantize(method=method, effort=effort, transforms=transforms, ignore_layers=left)
             seconds = time.monotonic() - started
             stored = [module.quantized for _, module in packed_layers(quantized)]
             average = 8 * sum(q.nbytes for q in stored) / sum(q.shape[0] * q.shape[1] for q in stored)
