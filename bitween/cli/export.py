@@ -34,8 +34,13 @@ def export(
 
 
 def _to_compressed_tensors(model, tokenizer, output: Path, **_) -> dict:
+    from bitween.export.compressed_tensors import export_compressed_tensors
+    from bitween.layers.experts import ExpertStack
     from bitween.store.saving import save_model
 
+    if any(isinstance(module, ExpertStack) for module in model.modules()):
+        export_compressed_tensors(model, tokenizer, output)
+        return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
     return {"bytes": save_model(model, tokenizer, output, format="compressed-tensors").nbytes}
 
 

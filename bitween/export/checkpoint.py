@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ def write_checkpoint(
     config: Callable[[nn.Module], dict[str, Any]],
     tensors: Callable[[QuantizedTensor], dict[str, torch.Tensor]],
     max_shard_size: str | int,
+    pieces: Callable[[str, QuantizedTensor], Iterable[tuple[str, QuantizedTensor]]] = lambda name, stored: [
+        (name, stored)
+    ],
 ) -> None:
     """Write a directory whole or not at all.
 
@@ -39,7 +42,8 @@ def write_checkpoint(
     form, target : the format's name, and that of the export target that plans for it
     refused : {layer: why the format cannot hold it}
     config : gives the `quantization_config` of the model
-    tensors : gives what stands in the files for a layer's codes, scales and zeros
+    tensors : gives what stands in the files for a matrix's codes, scales and zeros
+    pieces : gives (name, matrix) of all that a layer is written as; None: itself
 
     Raises
     ------
@@ -55,7 +59,8 @@ def write_checkpoint(
     for name, module in packed_layers(model):
         for part in ("codes", "scales", "zeros"):
             state.pop(f"{name}.{part}", None)
-        state |= {f"{name}.{part}": value for part, value in tensors(module.quantized).items()}
+        for own, matrix in pieces(name, module.quantized) if pieces else [(name, module.quantized)]:
+            state |= {f"{own}.{part}": value for part, value in tensors(matrix).items()}
     # a view of the model with another config: no module is copied, and the model's own saving is not touched
     plain = copy.copy(model)
     plain.config = copy.deepcopy(model.config)

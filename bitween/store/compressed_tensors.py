@@ -16,10 +16,11 @@ from bitween.layers import QuantizedEmbedding, packed_layers
 from bitween.layers.conv import QuantizedConv
 from bitween.layers.in_place import PackedInPlace
 from bitween.model.experts import experts_of
+from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import COMMON_BITS, Scheme
 from bitween.store.checkpoint import CheckpointError, TensorFiles
 
-__all__ = ["config", "plan_from_config", "reasons", "state_dict", "supports", "tensors_from"]
+__all__ = ["config", "config_of", "plan_from_config", "reasons", "state_dict", "supports", "tensors", "tensors_from"]
 
 METHOD, _FORMAT = "compressed-tensors", "pack-quantized"
 _TRANSPOSED = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")  # families built of Conv1D
@@ -67,6 +68,11 @@ def config(model: nn.Module) -> dict[str, Any]:
     groups: dict[Scheme, list[str]] = {}
     for name, module in packed_layers(model):
         groups.setdefault(module.scheme, []).append(name)
+    return config_of(model, groups)
+
+
+def config_of(model: nn.Module, groups: dict[Scheme, list[str]]) -> dict[str, Any]:
+    """The `quantization_config` of a model of whose matrices those of these names, as written, have these schemes."""
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     return {
         "quant_method": METHOD,
@@ -90,11 +96,19 @@ def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors under the names and shapes of the format. Codes and scales are views, not copies."""
     state = model.state_dict()
     for name, module in packed_layers(model):
-        codes = state.pop(f"{name}.codes")
-        state[f"{name}.weight_packed"] = codes.view(torch.int32)
-        state[f"{name}.weight_scale"] = state.pop(f"{name}.scales")
-        state[f"{name}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
+        for part in ("codes", "scales"):
+            state.pop(f"{name}.{part}")
+        state |= {f"{name}.{part}": tensor for part, tensor in tensors(module.quantized).items()}
     return state
+
+
+def tensors(stored: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """A matrix in the parts of the format: views, not copies."""
+    return {
+        "weight_packed": torch.as_tensor(stored.codes).view(torch.int32),
+        "weight_scale": torch.as_tensor(stored.scales),
+        "weight_shape": torch.tensor(stored.shape),
+    }
 
 
 def plan_from_config(settings: dict[str, Any], model: nn.Module) -> dict[str, Scheme]:
