@@ -104,6 +104,11 @@ def _card(model: Any, format: str, certificate: str) -> str:
         load = f"import bitween\n{load}"
     else:
         first = "Loads with transformers and `compressed-tensors>=0.18`; bitween is not needed."
+        if len(set(plan_of(model).values())) > 1:
+            first += (
+                " Its layers have several schemes, so leave `dequantize` alone: with `CompressedTensorsConfig("
+                "dequantize=True)` transformers 5.24 unpacks all layers by the first of them, into other numbers."
+            )
     base = getattr(model.config, "_name_or_path", "")
     head = ["---", "library_name: transformers", "tags: [bitween, quantized]"]
     if base and "/" in base and not os.path.isabs(base):

@@ -106,9 +106,11 @@ def test_row_18_transposed_layers_are_saved_natively(tmp_path):
     assert torch.equal(tiny_models.logits(bitween.load_model(tmp_path / "out")[0], IDS), tiny_models.logits(model, IDS))
 
 
-@pytest.mark.parametrize(("schemes", "format"), [(SYMMETRIC, "compressed-tensors"), (MIXED, "native")])
+@pytest.mark.parametrize(
+    ("schemes", "format"), [(SYMMETRIC, "compressed-tensors"), ([], "compressed-tensors"), (MIXED, "native")]
+)
 def test_saved_directory_is_complete(schemes, format, tmp_path, tiny_model, tiny_tokenizer):
-    model = quantize(tiny_model, [s for s in schemes if s.group_size in (16, -1)] or [Scheme(3, 16)])
+    model = quantize(tiny_model, [s for s in schemes if s.group_size in (16, -1)] or [Scheme(3, 16, True)])
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     want = tiny_models.logits(model, ids)
     saved = bitween.save_model(model, tiny_tokenizer, tmp_path / "out", report={"kl": 0.1}, certificate="Within 5 %.")
@@ -120,6 +122,7 @@ def test_saved_directory_is_complete(schemes, format, tmp_path, tiny_model, tiny
     card = (tmp_path / "out" / "README.md").read_text()
     first = card.split("---\n", 2)[2].strip().splitlines()[0]
     assert ("import bitween" in first) == (format == "native")
+    assert ("leave `dequantize` alone" in card) == (format != "native" and len(set(plan_of(model).values())) > 1)
     assert "Within 5 %." in card
     assert sum(f"| {s} |" in card for s in set(plan_of(model).values())) == len(set(plan_of(model).values()))
     loaded, tokenizer = bitween.load_model(tmp_path / "out")
