@@ -52,7 +52,7 @@ sanitize: $(VENV)/bitween.stamp  ## run the core's tests under the address and u
 	cd $(SANITIZED) && \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip trellis decoder))
+	$(abspath $(BIN))/python -m pytest -p no:cacheprovider -m "not slow" $(addprefix tests/core/test_,$(addsuffix .py,isas rtn hessian align matmul gptq loss search clip trellis decoder decoder_experts))
 
 coverage: $(VENV)/bitween.stamp  ## lines of the C core that the tests run (5 minutes)
 	$(PIP) -q gcovr==8.8

@@ -118,7 +118,7 @@ def matmul_trellis(
     turned: bool = False,
 ) -> None: ...
 def decoder(
-    sizes: tuple[int, int, int, int, int, bool, float, float, float, int, int],
+    sizes: tuple[int, int, int, int, bool, float, float, float, int, float, float, int],
     linears: tuple[tuple[Any, ...], ...],
     blocks: tuple[tuple[Any, ...], ...],
     final: tuple[int, float, _Tensor | None] | None,
@@ -130,6 +130,10 @@ def decode(
     ropes: tuple[tuple[_Tensor, _Tensor, bool], ...],
     rooms: tuple[tuple[_Tensor, int, int, int], ...],
     padding: _Tensor | None = None,
+    experts: _Tensor | None = None,
+) -> None: ...
+def route(
+    logits: _Tensor, experts: _Tensor, weights: _Tensor, over_all: bool = False, divided: bool = False, dtype: int = 0
 ) -> None: ...
 def unchanged(
     empty: tuple[dict, ...], absent: tuple[dict, ...], key: Any, same: tuple[Any, ...], answers: tuple[Any, ...]

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from bitween.decode.cache import is_taken_over
 from bitween.decode.families import family_of
-from bitween.decode.recognising import Recognised, UnrecognisedError, recognise
-from bitween.decode.stepping import CACHE_NAME, Step, _Tables, read_step, run_step
+from bitween.decode.mixtures import noted
+from bitween.decode.recognising import Recognised, recognise
+from bitween.decode.refusing import UnrecognisedError
+from bitween.decode.stepping import CACHE_NAME, ReadyStep, _Tables, read_step, ready_step
 
 __all__ = ["ALLOWED", "attach", "detach", "path_of"]
 
@@ -73,25 +75,34 @@ def _by_core(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BaseModelO
     settings = base.config.__dict__
     if settings.get("output_hidden_states") or settings.get("output_attentions") or settings.get("_output_attentions"):
         return None
+    if settings.get("output_router_logits") and kwargs.get("output_router_logits") is not False:
+        return None
     if settings.get("use_cache") is False and kwargs.get("use_cache") is None:
         return None
     state = _state(base, fully=not is_taken_over(step.cache))
     if state.known is None:
         return None
-    done = run_step(base, state.known, state.tables, step)
-    if done is None:
+    ready = ready_step(base, state.known, state.tables, step)
+    if ready is None:
         return None
-    out, rooms = done
     if state.checked < _CHECKED:
-        return _compare(base, state, step, out, kwargs)
-    for room in rooms.rooms:
+        return _compare(base, state, ready, kwargs)
+    out = ready.run()
+    for room in ready.rooms.rooms:
         room.advance(step.new)
-    return BaseModelOutputWithPast(last_hidden_state=out, **{CACHE_NAME: step.cache})
+    kind = BaseModelOutputWithPast if state.known.family.router is None else MoeModelOutputWithPast
+    return kind(last_hidden_state=out, **{CACHE_NAME: step.cache})
 
 
-def _compare(base: nn.Module, state: _State, step: Step, out: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """The step by transformers, whose result it is; the core's is compared with it."""
-    theirs = type(base)._bitween_original.forward(base, **kwargs)
+def _compare(base: nn.Module, state: _State, ready: ReadyStep, kwargs: dict[str, Any]) -> Any:
+    """The step by transformers, whose result it is; the core's is compared with it.
+
+    The core is given the experts that transformers chose: between two that are equal but for rounding either choice is
+    right, and the results are far apart.
+    """
+    with noted(state.known.routers) as chosen:
+        theirs = type(base)._bitween_original.forward(base, **kwargs)
+    out = ready.run(torch.cat(chosen) if chosen else None)
     expected = theirs.last_hidden_state.float()
     scale = expected.pow(2).mean().sqrt().item()
     miss = (out.float() - expected).pow(2).mean().sqrt().item()

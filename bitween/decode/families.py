@@ -22,6 +22,9 @@ class Family:
     caps : whether eager attention caps its logits by the attention's `attn_logit_softcapping`
     embedding_scale : attribute of the decoder by which embedded tokens are multiplied; None: by nothing
     residual_scale : attribute of a block by which each branch is multiplied; None: by nothing
+    sinks : whether attention has a logit for each head, its `sinks`, that takes a share and gives nothing
+    halves : whether rotary tables hold each frequency once
+    router : attribute of a block's MLP that chooses experts; None: no block has any
     """
 
     norms: tuple[str | None, str | None, str | None, str | None] = (
@@ -35,6 +38,9 @@ class Family:
     caps: bool = False
     embedding_scale: str | None = None
     residual_scale: str | None = None
+    sinks: bool = False
+    halves: bool = False
+    router: str | None = None
 
 
 _AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -55,6 +61,11 @@ FAMILIES = {
     "Gemma3TextModel": Family(norms=_AROUND, ropes=True),
     "Olmo2Model": Family(norms=_AFTER, window="none"),
     "Olmo3Model": Family(norms=_AFTER, ropes=True),
+    "MixtralModel": Family(window="config", router="gate"),
+    "Qwen2MoeModel": Family(router="gate"),
+    "Qwen3MoeModel": Family(window="config", router="gate"),
+    "OlmoeModel": Family(window="none", router="gate"),
+    "GptOssModel": Family(sinks=True, halves=True, router="router"),
 }
 
 

@@ -14,13 +14,13 @@ from bitween._threads import follow_torch
 from bitween.decode.cache import rooms_of
 from bitween.decode.recognising import Recognised
 
-__all__ = ["CACHE_NAME", "Step", "read_step", "run_step"]
+__all__ = ["CACHE_NAME", "ReadyStep", "Step", "read_step", "ready_step"]
 
 _FIELDS = BaseModelOutputWithPast.__dataclass_fields__
 CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"  # newer transformers call it cache
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache"}
 _TAKEN |= {"cache_position", "return_dict"}
-_OFF = {"output_attentions", "output_hidden_states"}
+_OFF = {"output_attentions", "output_hidden_states", "output_router_logits"}
 _TABLE = 512  # positions at once
 _LONGEST_TABLE = 1 << 18
 
@@ -109,15 +109,33 @@ class _Tables:
         made = []
         for kind in self.known.ropes:
             cosine, sine = base.rotary_emb(like, positions, *(() if kind is None else (kind,)))
+            if self.known.family.halves:
+                cosine, sine = torch.cat([cosine, cosine], -1), torch.cat([sine, sine], -1)
             steps = cosine.dtype is like.dtype and cosine.dtype is not torch.float32
             width = cosine.shape[-1]
             made.append((cosine.reshape(-1, width).float(), sine.reshape(-1, width).float(), steps))
         return made
 
 
-def run_step(base: nn.Module, known: Recognised, tables: _Tables, step: Step) -> tuple[torch.Tensor, Any] | None:
-    """(what the final norm gives, (batch, new, hidden); the cache's rooms, not yet advanced). None where the cache or
-    the mask is not for the core."""
+class ReadyStep:
+    """A step whose arguments fit, beside the rooms of its cache, which it does not advance."""
+
+    __slots__ = ("core", "padding", "rooms", "ropes", "x")
+
+    def __init__(self, core: Any, x: torch.Tensor, ropes: tuple, rooms: Any, padding: torch.Tensor | None) -> None:
+        self.core, self.x, self.ropes, self.rooms, self.padding = core, x.contiguous(), ropes, rooms, padding
+
+    def run(self, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """What the final norm gives, (batch, new, hidden); `experts` are chosen where they are given, int64 (tokens,
+        chosen) of each block that has any, flat."""
+        follow_torch()
+        out = torch.empty_like(self.x)
+        _core.decode(self.core, self.x, out, self.ropes, self.rooms.described(), self.padding, experts)
+        return out
+
+
+def ready_step(base: nn.Module, known: Recognised, tables: _Tables, step: Step) -> ReadyStep | None:
+    """The step, ready to be run; None where the cache or the mask is not for the core."""
     padding = _padding(step)
     if padding is False:
         return None
@@ -139,8 +157,4 @@ def run_step(base: nn.Module, known: Recognised, tables: _Tables, step: Step) ->
         return None
     for room in rooms.rooms:
         room.make_space(step.new)
-    follow_torch()
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    _core.decode(known.core, x, out, ropes, rooms.described(), padding)
-    return out, rooms
+    return ReadyStep(known.core, x, ropes, rooms, padding)

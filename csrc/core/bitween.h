@@ -271,7 +271,7 @@ ptrdiff_t bw_trellis_row_bytes(ptrdiff_t cols, int32_t half_bits);
 /* A step of a decoder: a few new tokens through all its blocks, beside a cache of the keys and values before them.
  *
  *   h += scale * after_attention(o(attention(q, k, v of before_attention(h))))
- *   h += scale * after_mlp(down(activation(gate(x)) * up(x))), x = before_mlp(h);  at the end final(h)
+ *   h += scale * after_mlp(mlp(before_mlp(h))), mlp(x) = down(activation(gate(x)) * up(x));  at the end final(h)
  *
  * Numbers between two parts are rounded to `dtype`, the model's own; sums are fp32. */
 enum { BW_MOST_STEP = 16, BW_MOST_ROPES = 4 };
@@ -284,6 +284,7 @@ typedef struct {
     bw_trellis trellis;
     bw_matrix plain; /* (rows, cols), columns next to each other */
     bw_matrix bias;  /* (1, rows), or data NULL */
+    int late_bias;   /* 1: added to products that are rounded already */
     bw_mode mode;
     ptrdiff_t rows, cols;
 } bw_linear;
@@ -305,11 +306,43 @@ typedef struct {
     bw_matrix gain; /* (1, n); not read with BW_GAIN_NONE */
 } bw_norm;
 
-typedef enum { BW_SILU = 0, BW_GELU = 1, BW_GELU_TANH = 2, BW_RELU = 3, BW_RELU_SQUARED = 4 } bw_activation;
+/* BW_CLAMPED: of a gate g and an up u, (u + 1) * g / (1 + exp(-alpha * g)), g at most `limit` and u within it. */
+typedef enum {
+    BW_SILU = 0,
+    BW_GELU = 1,
+    BW_GELU_TANH = 2,
+    BW_RELU = 3,
+    BW_RELU_SQUARED = 4,
+    BW_CLAMPED = 5
+} bw_activation;
 
 typedef struct {
-    bw_part q, k, v, o, gate, up, down; /* gate may be nothing; then the activation is up's */
+    bw_part gate, up, down; /* gate may be nothing; then the activation is up's */
+} bw_mlp;
+
+/* How `n` logits choose experts, as many as `chosen`, and their weights: a softmax over all logits, or over those of
+ * the chosen ones, divided by the chosen ones' sum or not, rounded to `dtype`. */
+typedef struct {
+    ptrdiff_t n, chosen;
+    int over_all, divided;
+    bw_dtype dtype;
+} bw_routing;
+
+/* Experts: mlp(x) = sum of weight * expert(x) over those that router(x) chooses, each product rounded to the weights'
+ * dtype; plus sigmoid(shared_gate(x)) times the block's own mlp, where it has one. routing.n 0: no experts. */
+typedef struct {
+    bw_routing routing;
+    bw_part router, shared_gate; /* shared_gate may be nothing: times 1 */
+    const bw_mlp *experts;       /* routing.n */
+    int pairs;                   /* 1: they have no gate, and rows of up are a gate's and an up's in turns */
+} bw_mixture;
+
+typedef struct {
+    bw_part q, k, v, o;
+    bw_mlp mlp; /* may be nothing where there are experts */
+    bw_mixture mixture;
     bw_norm before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
+    bw_matrix sinks;  /* (1, heads): of each head a logit that takes its share and gives nothing; or data NULL */
     ptrdiff_t window; /* tokens that one sees, itself included; 0: all */
     int rope;         /* which table; -1: none */
     int room;         /* where keys and values lie, and at which place there */
@@ -318,11 +351,12 @@ typedef struct {
 
 typedef struct {
     const bw_decoder_block *blocks;
-    ptrdiff_t n_blocks, hidden, inner;                    /* inner: rows of gate and up */
+    ptrdiff_t n_blocks, hidden;
     ptrdiff_t heads, kv_heads, dim;                       /* dim: of a head */
     int norm_by_head;                                     /* 1: q_norm and k_norm see a head, 0: all heads */
     float attention_scale, attention_cap, residual_scale; /* cap 0: none */
     bw_activation activation;
+    float alpha, limit; /* of BW_CLAMPED */
     bw_dtype dtype;
     bw_norm final;
 } bw_decoder;
@@ -350,10 +384,18 @@ typedef struct {
     const bw_room *rooms; /* with room for n_new tokens after `end`, which are written there */
     int n_rooms;
     const int64_t *padding; /* (batch) tokens at the start that nobody sees, or NULL */
+    const int64_t *experts; /* those that are to be chosen, (tokens, chosen) of each block that has any; or NULL */
+    ptrdiff_t n_experts;    /* how many numbers these are */
 } bw_step;
 
 /* BW_ERR_SHAPE, BW_ERR_ARGUMENT, BW_ERR_INDEX (rooms, ropes, places) before anything is written; BW_ERR_SCALE. */
 bw_status bw_decode(const bw_decoder *decoder, const bw_step *step);
+
+/* ---- decoder_experts.c ---- */
+enum { BW_MOST_EXPERTS = 4096, BW_MOST_CHOSEN = 64 };
+/* Of each row of logits (rows, routing->n), contiguous: the experts that are chosen, the best one first, those that
+ * torch.topk takes among equal ones, and their weights; (rows, routing->chosen) each. BW_ERR_ARGUMENT. */
+bw_status bw_route(const bw_routing *routing, const float *logits, ptrdiff_t rows, int64_t *experts, float *weights);
 
 /* ---- pack.c ---- */
 /* codes (rows, cols) one byte each <-> packed (rows, row_bytes). Padding bits are zero. */

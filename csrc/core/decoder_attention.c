@@ -92,8 +92,11 @@ static void attend(bw_decoding *d, const bw_decoder_block *block, ptrdiff_t toke
     float *mixed = d->mixed + token * d->q_width + head * m->dim;
     bw_cpu()->attend_scores(&job, d->queries + (token * m->heads + head) * d->dim,
                             room_of(d, block, 0, sequence, kv_head) + offset, n, scores);
-    for (ptrdiff_t h = 0; h < n_heads; h++)
-        totals[h] = bw_cpu()->attend_weights(scores + h * d->score_stride, n, m->attention_cap);
+    for (ptrdiff_t h = 0; h < n_heads; h++) {
+        float *own_scores = scores + h * d->score_stride;
+        if (block->sinks.data) bw_cpu()->load_row(&block->sinks, 0, head + h, 1, own_scores + n);
+        totals[h] = bw_cpu()->attend_weights(own_scores, n + (block->sinks.data != NULL), m->attention_cap);
+    }
     bw_cpu()->attend_mix(&job, scores, totals, room_of(d, block, 1, sequence, kv_head) + offset, n, mixed);
 }
 

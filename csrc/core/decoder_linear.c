@@ -63,59 +63,83 @@ bw_status bw_linear_needs(const bw_linear *linear, ptrdiff_t *scratch, ptrdiff_t
     return BW_OK;
 }
 
-/* Whether two layers look at a token in the same way once it is prepared. */
+/* Whether two works look at the same rows, and at a row in the same way once it is prepared. */
 static int same_tokens(const bw_work *a, const bw_work *b) {
     const bw_linear *x = a->part->linear, *y = b->part->linear;
-    if (x->kind != y->kind || x->mode != y->mode || x->kind == BW_PLAIN) return 0;
-    return x->kind == BW_TRELLIS || !x->mode || bw_same_token(&a->few, &b->few);
+    if (a->x != b->x || a->rows != b->rows || a->tokens != b->tokens) return 0;
+    if (x->kind != y->kind || x->mode != y->mode) return 0;
+    return x->kind != BW_PACKED || !x->mode || bw_same_token(&a->few, &b->few);
 }
 
-static void prepare(bw_decoding *d, bw_work *work, char *tokens, const float *x, ptrdiff_t x_stride) {
+static void prepare(bw_decoding *d, bw_work *work, ptrdiff_t x_stride) {
     const bw_linear *linear = work->part->linear;
-    for (ptrdiff_t t = 0; t < d->tokens; t++, x += x_stride) {
-        if (linear->kind == BW_PACKED) {
-            char *token = tokens + t * work->few.token_bytes;
-            if (work->few.digits) bw_cpu()->prepare_token(&work->few, x, token);
-            else memcpy(token, x, (size_t)work->few.token_bytes);
-        } else if (linear->kind == BW_TRELLIS) {
-            char *token = tokens + t * work->trellis.token_bytes;
-            if (work->trellis.digits) bw_cpu()->trellis_token(&work->trellis, x, token);
-            else memcpy(token, x, (size_t)work->trellis.token_bytes);
-        } else memcpy(tokens + t * bw_whole_units(linear->cols) * 4, x, (size_t)bw_whole_units(linear->cols) * 4);
+    ptrdiff_t bytes = bw_whole_units(linear->cols) * 4;
+    if (linear->kind == BW_PACKED) bytes = work->few.token_bytes;
+    if (linear->kind == BW_TRELLIS) bytes = work->trellis.token_bytes;
+    char *token = d->prepared + d->used_bytes;
+    work->few.tokens = work->trellis.tokens = token;
+    for (ptrdiff_t t = 0; t < work->tokens; t++, token += bytes) {
+        const float *x = work->x + (work->rows ? work->rows[t] : t) * x_stride;
+        if (linear->kind == BW_PACKED && work->few.digits) bw_cpu()->prepare_token(&work->few, x, token);
+        else if (linear->kind == BW_TRELLIS && work->trellis.digits) bw_cpu()->trellis_token(&work->trellis, x, token);
+        else memcpy(token, x, (size_t)bytes);
     }
-    work->few.tokens = work->trellis.tokens = tokens;
+    d->used_bytes += bw_aligned(work->tokens * bytes);
 }
 
-ptrdiff_t bw_begin_linear(bw_decoding *d, const bw_part *const *parts, float *const *outs, const ptrdiff_t *strides,
-                          int n, int gated, const float *x, ptrdiff_t x_stride) {
-    ptrdiff_t rows = 0;
-    d->n_works = n;
-    d->gated = gated;
-    for (int i = 0; i < n; i++) {
-        bw_work *work = &d->works[i];
-        const bw_linear *linear = parts[i]->linear;
-        work->part = parts[i];
-        work->out = outs[i];
-        work->out_stride = strides[i];
-        check_linear(linear, &work->layout, &work->trellis_layout); /* for the layouts: it was checked before */
-        if (linear->kind == BW_PACKED) bw_describe_few(&linear->packed, &work->layout, linear->mode, &work->few);
-        if (linear->kind == BW_TRELLIS) describe_trellis(linear, &work->trellis_layout, &work->trellis);
-        int source = 0;
-        while (source < i && !same_tokens(&d->works[source], work)) source++;
-        if (source < i) {
-            work->few.tokens = d->works[source].few.tokens;
-            work->trellis.tokens = d->works[source].trellis.tokens;
-        } else prepare(d, work, d->prepared + i * d->prepared_bytes, x, x_stride);
-        if (!gated || !i) rows += parts[i]->rows;
-    }
+bw_work *bw_add_work(bw_decoding *d, const bw_part *part, const float *x, ptrdiff_t x_stride, const ptrdiff_t *rows,
+                     ptrdiff_t tokens, float *out, ptrdiff_t out_stride) {
+    enum { LOOKED_AT = 8 /* works that are not far behind may have prepared the same rows */ };
+    bw_work *work = &d->works[d->n_works++], *source = work;
+    const bw_linear *linear = part->linear;
+    work->part = part;
+    work->tokens = tokens;
+    work->out = out;
+    work->out_stride = out_stride;
+    work->paired = work->pairs = 0;
+    work->x = x;
+    work->rows = rows;
+    check_linear(linear, &work->layout, &work->trellis_layout); /* for the layouts: it was checked before */
+    if (linear->kind == BW_PACKED) bw_describe_few(&linear->packed, &work->layout, linear->mode, &work->few);
+    if (linear->kind == BW_TRELLIS) describe_trellis(linear, &work->trellis_layout, &work->trellis);
+    for (int i = 0; i < LOOKED_AT && source > d->works; i++)
+        if (same_tokens(--source, work)) {
+            work->few.tokens = source->few.tokens;
+            work->trellis.tokens = source->trellis.tokens;
+            return work;
+        }
+    prepare(d, work, x_stride);
+    return work;
+}
+
+void bw_add_mlp(bw_decoding *d, const bw_mlp *mlp, int pairs, const ptrdiff_t *rows, ptrdiff_t tokens, float *middle) {
+    d->activated = 1;
+    if (mlp->gate.linear) bw_add_work(d, &mlp->gate, d->x, d->hidden, rows, tokens, middle, d->inner)->paired = 1;
+    bw_add_work(d, &mlp->up, d->x, d->hidden, rows, tokens, middle, d->inner)->pairs = pairs;
+}
+
+void bw_add_down(bw_decoding *d, const bw_mlp *mlp, ptrdiff_t tokens, float *middle, float *out) {
+    ptrdiff_t n = mlp->down.linear->cols;
+    for (ptrdiff_t t = 0; t < tokens; t++) /* a wider MLP may have been there before */
+        memset(middle + t * d->inner + n, 0, (size_t)(bw_whole_units(n) - n) * 4);
+    bw_add_work(d, &mlp->down, middle, d->inner, NULL, tokens, out, d->hidden);
+}
+
+static ptrdiff_t chunks_of(const bw_decoding *d, const bw_work *work) {
+    return (work->part->rows - 1) / d->rows_per_chunk + 1;
+}
+
+ptrdiff_t bw_begin_works(bw_decoding *d) {
+    ptrdiff_t rows = 0, chunks = 0;
+    const bw_work *end = d->works + d->n_works;
+    for (const bw_work *w = d->works; w < end; w += 1 + w->paired) rows += w->part->rows;
     ptrdiff_t each = (rows / (CHUNKS * d->n_workers) + SIDE - 1) / SIDE * SIDE;
     d->rows_per_chunk = each < SIDE ? SIDE : each;
-    ptrdiff_t chunks = 0;
-    for (int i = 0; i < (gated ? 1 : n); i++) chunks += (parts[i]->rows - 1) / d->rows_per_chunk + 1;
+    for (const bw_work *w = d->works; w < end; w += 1 + w->paired) chunks += chunks_of(d, w);
     return chunks;
 }
 
-static bw_status trellis_rows(const bw_decoding *d, const bw_work *work, ptrdiff_t row, ptrdiff_t n, float *sums) {
+static bw_status trellis_rows(const bw_work *work, ptrdiff_t row, ptrdiff_t n, float *sums) {
     const bw_trellis *w = &work->part->linear->trellis;
     float steps[SIDE], tile[BW_MOST_STEP * SIDE];
     bw_status status = BW_OK;
@@ -126,8 +150,8 @@ static bw_status trellis_rows(const bw_decoding *d, const bw_work *work, ptrdiff
             if (!(scale > 0) || scale > 65504) status = BW_ERR_SCALE;
             steps[r] = scale * BW_TRELLIS_STEP;
         }
-        bw_cpu()->trellis_multiply(&work->trellis, first / SIDE, d->tokens, steps, tile);
-        for (ptrdiff_t t = 0; t < d->tokens; t++)
+        bw_cpu()->trellis_multiply(&work->trellis, first / SIDE, work->tokens, steps, tile);
+        for (ptrdiff_t t = 0; t < work->tokens; t++)
             memcpy(sums + t * BW_FEW_ROWS, tile + t * SIDE + from, (size_t)take * 4);
         row += take, sums += take, n -= take;
     }
@@ -140,41 +164,55 @@ static void multiply(bw_decoding *d, const bw_work *work, ptrdiff_t row, ptrdiff
     float bias[BW_FEW_ROWS];
     bw_status status = BW_OK;
     ptrdiff_t at = work->part->first + row;
-    if (linear->kind == BW_PACKED) status = bw_cpu()->multiply_rows(&work->few, at, n, d->tokens, scratch, sums);
-    else if (linear->kind == BW_TRELLIS) status = trellis_rows(d, work, at, n, sums);
+    if (linear->kind == BW_PACKED) status = bw_cpu()->multiply_rows(&work->few, at, n, work->tokens, scratch, sums);
+    else if (linear->kind == BW_TRELLIS) status = trellis_rows(work, at, n, sums);
     else
-        for (ptrdiff_t t = 0; t < d->tokens; t++)
+        for (ptrdiff_t t = 0; t < work->tokens; t++)
             bw_cpu()->dense_rows(&linear->plain, at, n,
                                  (const float *)(work->few.tokens + t * bw_whole_units(linear->cols) * 4),
                                  sums + t * BW_FEW_ROWS);
     if (status) atomic_store(&d->status, status);
     if (linear->bias.data) bw_cpu()->load_row(&linear->bias, 0, at, n, bias);
-    for (ptrdiff_t t = 0; t < d->tokens; t++) {
+    for (ptrdiff_t t = 0; t < work->tokens; t++) {
         float *row_sums = sums + t * BW_FEW_ROWS;
+        if (linear->bias.data && linear->late_bias)
+            bw_cpu()->round_row(row_sums, (n + 15) / 16 * 16, d->decoder->dtype);
         for (ptrdiff_t r = 0; linear->bias.data && r < n; r++) row_sums[r] += bias[r];
         for (ptrdiff_t r = n; r < (n + 15) / 16 * 16; r++) row_sums[r] = 0;
         bw_cpu()->round_row(row_sums, n, d->decoder->dtype);
     }
 }
 
+/* Sums of rows in turns to those of gates, in place, and those of ups; returns how many of each. */
+static ptrdiff_t part_pairs(float *sums, float *up, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n / 2; i++) {
+        up[i] = sums[2 * i + 1];
+        sums[i] = sums[2 * i];
+    }
+    for (ptrdiff_t i = n / 2; i < (n / 2 + 15) / 16 * 16; i++) sums[i] = up[i] = 0;
+    return n / 2;
+}
+
+static void activate(const bw_decoder *m, float *x, const float *up, ptrdiff_t n) {
+    if (m->activation == BW_CLAMPED) bw_cpu()->clamped_row(x, up, n, m->alpha, m->limit, m->dtype);
+    else bw_cpu()->activate_row(x, up, n, m->activation, m->dtype);
+}
+
 void bw_linear_chunk(bw_decoding *d, ptrdiff_t chunk, int worker) {
     const bw_work *work = d->works;
     char *scratch = d->scratch + worker * d->scratch_bytes;
     float sums[BW_MOST_STEP * BW_FEW_ROWS], up[BW_MOST_STEP * BW_FEW_ROWS];
-    for (; !d->gated; work++) {
-        ptrdiff_t chunks = (work->part->rows - 1) / d->rows_per_chunk + 1;
-        if (chunk < chunks) break;
-        chunk -= chunks;
-    }
+    for (ptrdiff_t chunks; (chunks = chunks_of(d, work)) <= chunk; work += 1 + work->paired) chunk -= chunks;
     ptrdiff_t row = chunk * d->rows_per_chunk, end = bw_least(row + d->rows_per_chunk, work->part->rows);
     for (; row < end; row += BW_FEW_ROWS) {
-        ptrdiff_t n = bw_least(end - row, BW_FEW_ROWS);
+        ptrdiff_t n = bw_least(end - row, BW_FEW_ROWS), kept = n;
         multiply(d, work, row, n, scratch, sums);
-        if (d->gated && d->n_works > 1) multiply(d, work + 1, row, n, scratch, up);
-        for (ptrdiff_t t = 0; t < d->tokens; t++) {
-            float *s = sums + t * BW_FEW_ROWS, *u = d->n_works > 1 ? up + t * BW_FEW_ROWS : NULL;
-            if (d->gated) bw_cpu()->activate_row(s, u, n, d->decoder->activation, d->decoder->dtype);
-            memcpy(work->out + t * work->out_stride + row, s, (size_t)n * 4);
+        if (work->paired) multiply(d, work + 1, row, n, scratch, up);
+        for (ptrdiff_t t = 0; t < work->tokens; t++) {
+            float *s = sums + t * BW_FEW_ROWS, *u = up + t * BW_FEW_ROWS;
+            if (work->pairs) kept = part_pairs(s, u, n);
+            if (d->activated) activate(d->decoder, s, work->paired || work->pairs ? u : NULL, kept);
+            memcpy(work->out + t * work->out_stride + (work->pairs ? row / 2 : row), s, (size_t)kept * 4);
         }
     }
 }

@@ -117,8 +117,10 @@ typedef struct {
     bw_view plain, bias;
 } bw_linear_views;
 
+/* A vector (n,) of floats as a matrix of one row. */
+int bw_vector_acquire(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix);
 /* From a tuple: ("packed", codes, scales, zeros, scheme, cols, bias, mode), ("trellis", codes, scales, rates, width,
- * cols, bias, mode) or ("plain", weight, bias). */
+ * cols, bias, mode) or ("plain", weight, bias), or one of these and whether the bias is added late. */
 int bw_linear_acquire(PyObject *layer, bw_linear_views *views, bw_linear *linear);
 void bw_linear_release(bw_linear_views *views);
 /* From None or a tuple (kind, eps, gain or None). */
@@ -127,6 +129,8 @@ int bw_norm_acquire(PyObject *norm, bw_view *view, bw_norm *out);
 int bw_part_of(PyObject *part, const bw_linear *linears, Py_ssize_t n_linears, bw_part *out);
 /* A tuple of n items, or -1 with TypeError. */
 int bw_expect_tuple(const char *name, PyObject *object, Py_ssize_t n);
+/* least <= n <= most, or -1 with ValueError. */
+int bw_expect_range(const char *name, Py_ssize_t n, Py_ssize_t least, Py_ssize_t most);
 
 /* Wrappers: one file per verb, listed once in verbs.h. */
 #define VERB(name)                                                                                          \

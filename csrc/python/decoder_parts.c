@@ -8,8 +8,13 @@ int bw_expect_tuple(const char *name, PyObject *object, Py_ssize_t n) {
     return -1;
 }
 
-/* A vector (n,) of floats as a matrix of one row. */
-static int acquire_vector(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix) {
+int bw_expect_range(const char *name, Py_ssize_t n, Py_ssize_t least, Py_ssize_t most) {
+    if (least <= n && n <= most) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd .. %zd; got %zd", name, least, most, n);
+    return -1;
+}
+
+int bw_vector_acquire(const char *name, PyObject *object, bw_view *view, bw_matrix *matrix) {
     if (bw_view_acquire(name, object, 0, view) || bw_view_expect_ndim(name, view, 1)) return -1;
     view->ndim = 2;
     view->shape[1] = view->shape[0];
@@ -23,7 +28,7 @@ static int acquire_bias(PyObject *bias, PyObject *mode, bw_linear_views *views, 
     int64_t number = 0;
     if (mode && bw_arg_int("mode", mode, 0, 2, &number)) return -1;
     linear->mode = (bw_mode)number;
-    return bias == Py_None ? 0 : acquire_vector("bias", bias, &views->bias, &linear->bias);
+    return bias == Py_None ? 0 : bw_vector_acquire("bias", bias, &views->bias, &linear->bias);
 }
 
 int bw_linear_acquire(PyObject *layer, bw_linear_views *views, bw_linear *linear) {
@@ -33,6 +38,10 @@ int bw_linear_acquire(PyObject *layer, bw_linear_views *views, bw_linear *linear
     for (Py_ssize_t i = 0; i < n && i < 8; i++) v[i] = PyTuple_GetItem(layer, i);
     *linear = (bw_linear){0};
     int named = n > 0 && PyUnicode_Check(v[0]);
+    if (n == 9 || n == 4) { /* the last item says when the bias is added */
+        if (bw_arg_flag("late", PyTuple_GetItem(layer, n - 1), &linear->late_bias)) return -1;
+        n--;
+    }
     if (named && n == 8 && !PyUnicode_CompareWithASCIIString(v[0], "packed")) {
         linear->kind = BW_PACKED;
         if (bw_stored_acquire(v[1], v[2], v[3] == Py_None ? NULL : v[3], v[4], v[5], &views->stored)) return -1;
@@ -53,7 +62,8 @@ int bw_linear_acquire(PyObject *layer, bw_linear_views *views, bw_linear *linear
         linear->rows = linear->plain.rows, linear->cols = linear->plain.cols;
         return acquire_bias(v[2], NULL, views, linear);
     }
-    PyErr_Format(PyExc_ValueError, "linears: expected ('packed', 7 more), ('trellis', 7 more) or ('plain', 2 more)");
+    PyErr_Format(PyExc_ValueError, "linears: expected ('packed', 7 more), ('trellis', 7 more) or ('plain', 2 more), "
+                                   "or True after these");
     return -1;
 }
 
@@ -76,7 +86,7 @@ int bw_norm_acquire(PyObject *norm, bw_view *view, bw_norm *out) {
     out->present = 1;
     out->kind = (bw_gain)kind;
     out->eps = (float)eps;
-    return kind == BW_GAIN_NONE ? 0 : acquire_vector("gain", PyTuple_GetItem(norm, 2), view, &out->gain);
+    return kind == BW_GAIN_NONE ? 0 : bw_vector_acquire("gain", PyTuple_GetItem(norm, 2), view, &out->gain);
 }
 
 int bw_part_of(PyObject *part, const bw_linear *linears, Py_ssize_t n_linears, bw_part *out) {

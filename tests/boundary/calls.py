@@ -57,7 +57,7 @@ def tiles(rows: int, cols: int) -> Arguments:
 
 
 def decoder(inner: int, hidden: int) -> Arguments:
-    """Two heads of 16 that share keys, one block; never empty."""
+    """Two heads of 16 that share keys, one block, two experts beside an MLP; never empty."""
     inner, hidden = max(inner, 1), max(hidden, 1)
 
     def packed(rows: int, cols: int) -> tuple:
@@ -66,10 +66,11 @@ def decoder(inner: int, hidden: int) -> Arguments:
     shapes = [(32, hidden), (16, hidden), (16, hidden), (hidden, 32), (inner, hidden), (inner, hidden), (hidden, inner)]
     gain = (1, 1e-6, floats(hidden))
     parts = tuple((i, 0, rows) for i, (rows, _) in enumerate(shapes))
+    mixture = ((7, 0, 2), (7, 1, 1), (parts[4:], parts[4:]), 1, True, False, False, 0)
     return {
-        "sizes": (hidden, inner, 2, 1, 16, True, 0.25, 0.0, 1.0, 0, 0),
-        "linears": tuple(packed(*shape) for shape in shapes),
-        "blocks": ((parts, (gain, None, None, None, gain, None), 0, 0, 0, 0),),
+        "sizes": (hidden, 2, 1, 16, True, 0.25, 0.0, 1.0, 0, 0.0, 0.0, 0),
+        "linears": (*(packed(*shape) for shape in shapes), ("plain", floats(2, hidden), None)),
+        "blocks": ((parts, (gain, None, None, None, gain, None), 0, 0, 0, 0, mixture, floats(2)),),
         "final": gain,
     }
 
@@ -83,6 +84,7 @@ def step(inner: int, hidden: int) -> Arguments:
         "ropes": ((floats(1, 16), floats(1, 16), False),),
         "rooms": ((floats(1, 2, 1, 1, 8, 16), 0, 3, 3),),
         "padding": np.zeros(1, np.int64),
+        "experts": np.ones(1, np.int64),
     }
 
 
@@ -126,6 +128,13 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
     "matmul_trellis": lambda r, c: {"x": floats(7, c), **tiles(r, c), "bias": floats(r), "out": floats(7, r)},
     "decoder": decoder,
     "decode": step,
+    "route": lambda r, c: {
+        "logits": floats(r, max(c, 1)),
+        "experts": np.zeros((r, 1), np.int64),
+        "weights": floats(r, 1),
+        "over_all": True,
+        "divided": False,
+    },
     "unchanged": lambda r, c: {"empty": ({},), "absent": ({},), "key": "a", "same": ({"b": r}, "b", r), "answers": ()},
     "pack": lambda r, c: {"codes": codes_of(r, c), "levels": 3},
     "unpack": lambda r, c: {"packed": _core.pack(codes_of(r, c), 3), "cols": c, "levels": 3},

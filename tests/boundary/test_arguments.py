@@ -174,6 +174,7 @@ def free_axis(name, key, axis):
         ("quantize_trellis", "weight", 0),
         ("align", "weight", 0),
         ("cross_entropy", "logits", 1),
+        ("route", "logits", 1),
     }
 
 

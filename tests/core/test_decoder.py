@@ -18,7 +18,7 @@ ISAS = bitween.info()["isas"]
 SCHEMES = [Scheme(4, 64), Scheme(8, 16, True), Scheme(3, -1), Scheme(1.58, 16), Scheme(2, 32), Scheme.trellis(2.5)]
 DTYPES = {np.float32: 0, np.float16: 1}
 ROUNDED, DIRECT, PLUS_ONE = 1, 2, 3
-SILU, GELU_TANH, RELU_SQUARED = 0, 2, 4
+SILU, GELU_TANH, RELU_SQUARED, CLAMPED = 0, 2, 4, 5
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,16 @@ class Shape:
     windows: tuple[int, ...] = (0, 5, 0)
     ropes: tuple[int, ...] = (0, 1, -1)
     plain: bool = False
+    experts: tuple[int, ...] = ()  # of each block; 0: an MLP
+    chosen: int = 2
+    shared: bool = False  # an MLP beside the experts
+    over_all: bool = True
+    divided: bool = True
+    pairs: bool = False  # experts' gates and ups in turns
+    sinks: bool = False
+    late: bool = False  # biases are added to rounded products
+    alpha: float = 0.0
+    limit: float = 0.0
 
 
 SHAPES = {
@@ -57,6 +67,14 @@ SHAPES = {
     "norms after": Shape(norms=(None, ROUNDED, None, ROUNDED), head_norms=ROUNDED, by_head=False, residual=0.3),
     "no gate": Shape(gated=False, activation=RELU_SQUARED, norms=(0, None, 0, None), kv_heads=6, plain=True),
     "joined": Shape(joined=True, hidden=130, inner=70, dim=24, kv_heads=3),
+    "experts": Shape(experts=(5, 5, 5)),
+    "experts beside an MLP": Shape(experts=(9, 0, 6), shared=True, divided=False, chosen=3, joined=True),
+    "many experts": Shape(experts=(70, 0, 3), over_all=False, chosen=1, norms=(PLUS_ONE,) * 4, residual=0.5),
+    "experts in pairs": Shape(
+        experts=(6, 6, 6), gated=False, pairs=True, sinks=True, late=True, activation=CLAMPED, alpha=1.7, limit=0.8
+    ),
+    "sinks": Shape(sinks=True, kv_heads=3, windows=(5, 0, 4)),
+    "experts without gates": Shape(experts=(4, 4, 4), gated=False, activation=RELU_SQUARED, plain=True, chosen=4),
 }
 
 
@@ -81,15 +99,15 @@ class Decoder:
         self.blocks = [self.block(i) for i in range(len(self.shape.windows))]
         self.final = self.norm(ROUNDED, self.shape.hidden)
         s = self.shape
-        sizes = (s.hidden, s.inner, s.heads, s.kv_heads, s.dim, s.by_head, s.dim**-0.5, s.cap, s.residual)
-        sizes += (s.activation, DTYPES[self.dtype])
-        self.core = _core.decoder(sizes, tuple(self.linears), tuple(self.blocks), self.final)
+        self.sizes = (s.hidden, s.heads, s.kv_heads, s.dim, s.by_head, s.dim**-0.5, s.cap, s.residual)
+        self.sizes += (s.activation, s.alpha, s.limit, DTYPES[self.dtype])
+        self.core = _core.decoder(self.sizes, tuple(self.linears), tuple(self.blocks), self.final)
 
-    def linear(self, rows: int, cols: int) -> int:
+    def linear(self, rows: int, cols: int, plain: bool = False) -> int:
         weight = self.random.standard_normal((rows, cols)).astype(np.float32) / cols**0.5
         number = len(self.linears)
         bias = None if number % 2 else self.random.standard_normal(rows).astype(np.float32) * 0.1
-        if self.shape.plain and number % 3 == 0:
+        if plain or (self.shape.plain and number % 3 == 0):
             weight = weight.astype(self.dtype)
             self.linears.append(("plain", weight, bias))
         else:
@@ -100,6 +118,8 @@ class Decoder:
                 self.linears.append(("trellis", q.codes, q.scales.reshape(-1), q.zeros, scheme.width, *rest))
             else:
                 self.linears.append(("packed", q.codes, q.scales, q.zeros, scheme.key, *rest))
+        if self.shape.late:
+            self.linears[-1] += (True,)
         self.weights.append((weight.astype(np.float64), 0 if bias is None else bias.astype(np.float64)))
         return number
 
@@ -119,13 +139,28 @@ class Decoder:
         s = self.shape
         q, kv = s.heads * s.dim, s.kv_heads * s.dim
         parts = [*self.parts([q, kv, kv], s.hidden, s.joined), (self.linear(s.hidden, q), 0, s.hidden)]
-        parts += [None] * (not s.gated) + self.parts([s.inner] * (1 + s.gated), s.hidden, s.joined)
-        parts.append((self.linear(s.hidden, s.inner), 0, s.hidden))
+        n = s.experts[index] if s.experts else 0
+        parts += self.mlp(s.inner) if s.shared or not n else [None] * 3
+        mixture = self.mixture(n) if n else None
+        sinks = self.random.standard_normal(s.heads).astype(self.dtype) if s.sinks else None
         before, after, before_mlp, after_mlp = (self.norm(kind, s.hidden) for kind in s.norms)
         widths = (s.dim, s.dim) if s.by_head else (q, kv)
         heads = [self.norm(s.head_norms, width) for width in widths]
         norms = (before, *heads, after, before_mlp, after_mlp)
-        return tuple(parts), norms, s.windows[index], s.ropes[index], *self.places[index]
+        return tuple(parts), norms, s.windows[index], s.ropes[index], *self.places[index], mixture, sinks
+
+    def mlp(self, inner: int) -> list[tuple | None]:
+        s = self.shape
+        first = [None] * (not s.gated) + self.parts([inner * (1 + s.pairs)] * (1 + s.gated), s.hidden, s.joined)
+        return [*first, (self.linear(s.hidden, inner), 0, s.hidden)]
+
+    def mixture(self, n: int) -> tuple:
+        """Experts of several widths, all narrower than an MLP."""
+        s = self.shape
+        gate = (self.linear(1, s.hidden), 0, 1) if s.shared else None
+        experts = tuple(tuple(self.mlp(s.inner - 1 - e % 20)) for e in range(n))
+        router = (self.linear(n, s.hidden, plain=True), 0, n)
+        return router, gate, experts, s.chosen, s.over_all, s.divided, s.pairs, DTYPES[self.dtype]
 
 
 # ---- the oracle ----
@@ -161,7 +196,7 @@ def rotated(x, rope):
     return np.concatenate([x[..., :n] * cosine + turned * sine, x[..., n:]], -1)
 
 
-def attended(s: Shape, window, q, keys, values, padding):
+def attended(s: Shape, window, q, keys, values, padding, sinks):
     """q (batch, new, heads, dim); keys, values (batch, kv_heads, text, dim), the text ending with the new tokens."""
     text, new = keys.shape[2], q.shape[1]
     group = s.heads // s.kv_heads
@@ -172,16 +207,45 @@ def attended(s: Shape, window, q, keys, values, padding):
     seen = (other <= own) & ((other > own - window) if window else True)
     seen = seen[None] & (other[None] >= padding[:, None, None])
     scores = np.where(seen[:, None], scores, -np.inf)
+    if sinks is not None:
+        sinks = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (*scores.shape[:3], 1))
+        scores = np.concatenate([scores, sinks], -1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
+    weights = (weights / weights.sum(-1, keepdims=True))[..., :text]
     return np.einsum("bhnt,bhtd->bnhd", weights, values.repeat(group, 1))
 
 
-def forward(decoder: Decoder, x, text, ropes, padding):
+def mlp(decoder: Decoder, parts, x):
+    s = decoder.shape
+    up = product(decoder, parts[1], x)
+    if s.pairs:
+        gate, up = np.minimum(up[..., ::2], s.limit), np.clip(up[..., 1::2], -s.limit, s.limit)
+        return product(decoder, parts[2], (up + 1) * gate / (1 + np.exp(-s.alpha * gate)))
+    gate = activated(s.activation, product(decoder, parts[0], x) if s.gated else up)
+    return product(decoder, parts[2], gate * up if s.gated else gate)
+
+
+def advised(decoder: Decoder, parts, mixture, x, choose=None):
+    """What experts say, every expert asked, and the MLP beside them."""
+    router, shared_gate, experts, chosen, over_all, divided, _, _ = mixture
+    logits = product(decoder, router, x)
+    best = choose(logits) if choose else np.argsort(-logits, -1, kind="stable")[..., :chosen]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    own = np.take_along_axis(weights, best, -1)
+    total = own if divided or not over_all else weights
+    own /= total.sum(-1, keepdims=True)
+    said = np.stack([mlp(decoder, expert, x) for expert in experts], -2)
+    y = (np.take_along_axis(said, best[..., None], -2) * own[..., None]).sum(-2)
+    if parts[1] is None:
+        return y
+    return y + mlp(decoder, parts, x) / (1 + np.exp(-product(decoder, shared_gate, x)))
+
+
+def forward(decoder: Decoder, x, text, ropes, padding, choose=None):
     """x (batch, new, hidden) in float64; text: keys and values of each block, to which the new ones are appended."""
     s = decoder.shape
     h = x
-    for index, (parts, norms, window, rope, _, _) in enumerate(decoder.blocks):
+    for index, (parts, norms, window, rope, _, _, mixture, sinks) in enumerate(decoder.blocks):
         before, q_norm, k_norm, after, before_mlp, after_mlp = norms
         look = normed(before, h)
         q, k, v = (product(decoder, part, look) for part in parts[:3])
@@ -193,13 +257,12 @@ def forward(decoder: Decoder, x, text, ropes, padding):
         if rope >= 0:
             q, k = rotated(q, ropes[rope]), rotated(k, ropes[rope])
         text[index] = [np.concatenate([old, t.swapaxes(1, 2)], 2) for old, t in zip(text[index], (k, v), strict=True)]
-        mixed = attended(s, window, q, *text[index], padding)
+        mixed = attended(s, window, q, *text[index], padding, sinks)
         y = product(decoder, parts[3], mixed.reshape(*mixed.shape[:2], -1))
         h = h + s.residual * normed(after, y)
         look = normed(before_mlp, h)
-        up = product(decoder, parts[5], look)
-        gate = activated(s.activation, product(decoder, parts[4], look) if s.gated else up)
-        h = h + s.residual * normed(after_mlp, product(decoder, parts[6], gate * up if s.gated else gate))
+        y = advised(decoder, parts[4:], mixture, look, choose) if mixture else mlp(decoder, parts[4:], look)
+        h = h + s.residual * normed(after_mlp, y)
     return normed(decoder.final, h)
 
 
@@ -254,6 +317,13 @@ def miss(got, want) -> float:
     return float(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
 
 
+def typical_miss(made) -> float:
+    """The median over tokens: one whose choice of experts was close may have fallen to another by rounding."""
+    got, want = (np.concatenate([x.reshape(-1, x.shape[-1]) for x in side]) for side in zip(*made, strict=True))
+    assert np.isfinite(got).all()
+    return float(np.sqrt(np.median(((got - want) ** 2).mean(-1) / (want**2).mean(-1))))
+
+
 BOUNDS = {"exact": 1e-5, "int16": 5e-4, "int8": 0.03}
 
 
@@ -264,8 +334,11 @@ def test_steps_equal_a_forward_in_float64(shape, mode, isa):
     _core.set_isa(isa)
     _core.set_num_threads(2)
     steps = Steps(Decoder(SHAPES[shape], np.float32, mode), batch=2, seen=9, padding=shape != "usual")
-    for new in (1, 3, 1, 8):
-        assert miss(*steps.step(new)) < BOUNDS[mode]
+    made = [steps.step(new) for new in (1, 3, 1, 8)]
+    if mode == "int8" and SHAPES[shape].experts:
+        assert typical_miss(made) < BOUNDS[mode]
+    else:
+        assert max(miss(*pair) for pair in made) < BOUNDS[mode]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -273,8 +346,8 @@ def test_steps_equal_a_forward_in_float64(shape, mode, isa):
 def test_steps_in_float16(shape, isa):
     _core.set_isa(isa)
     steps = Steps(Decoder(SHAPES[shape], np.float16, "int16"), batch=3, seen=20, padding=True)
-    for new in (1, 5, 1):
-        assert miss(*steps.step(new)) < 0.01
+    made = [steps.step(new) for new in (1, 5, 1)]
+    assert (typical_miss(made) if SHAPES[shape].experts else max(miss(*pair) for pair in made)) < 0.01
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -322,8 +395,8 @@ def test_refused_calls_write_nothing():
 
 def test_a_layer_of_another_shape_is_refused():
     class Wrong(Decoder):
-        def linear(self, rows, cols):
-            return super().linear(rows, cols + (len(self.linears) == 8))
+        def linear(self, rows, cols, plain=False):
+            return super().linear(rows, cols + (len(self.linears) == 8), plain)
 
     steps = Steps(Wrong(SHAPES["usual"], np.float32, "int16"), batch=1, seen=3, padding=False)
     with pytest.raises(ValueError, match="decode"):

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from bitween import Scheme, _core
 from bitween.decode import attach, detach, path_of, stepping
+from bitween.model.experts import unfolded
 from tests import quantized_models, tiny_models
 
 SCHEMES = [Scheme(4, 32), Scheme(8, 16, True), Scheme(3, -1), Scheme(1.58, 16)]
@@ -22,7 +23,27 @@ OWN = {
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
     "olmo3": {"sliding_window": 6},
+    "mixtral": {"sliding_window": 6},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 6},
 }
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+ROUTERS = {"gpt_oss": "router"}
 FAMILIES = (
     "llama",
     "mistral",
@@ -37,6 +58,7 @@ FAMILIES = (
     "gemma3_text",
     "olmo2",
     "olmo3",
+    *MIXTURES,
 )
 
 
@@ -47,7 +69,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, schemes: list | None =
         for name, buffer in module._buffers.items():
             if buffer is not None and "inv_freq" in name:
                 module._buffers[name] = buffer.float()
-    return attach(quantized_models.quantize(model, schemes or SCHEMES))
+    return attach(quantized_models.quantize(unfolded(model), schemes or SCHEMES))
 
 
 @contextmanager
@@ -94,3 +116,8 @@ def both_ways(model: torch.nn.Module, ids: torch.Tensor, steps: list[torch.Tenso
 def miss(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     """Root mean square difference, relative."""
     return ((ours - theirs).pow(2).mean().sqrt() / theirs.pow(2).mean().sqrt()).item()
+
+
+def typical_miss(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """The median over tokens: one whose choice of experts was close may have fallen to another by rounding."""
+    return ((ours - theirs).pow(2).mean(-1) / theirs.pow(2).mean(-1)).median().sqrt().item()

@@ -28,12 +28,12 @@ def same_text(model, ids, at_least=1, **options):
     return taken[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", *steps.MIXTURES])
 def test_greedy_text(family):
     assert same_text(steps.make(family), tiny_models.tokens(1, 7)) == 13
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", *steps.MIXTURES])
 def test_batches_and_left_padding(family):
     ids = tiny_models.tokens(3, 8)
     mask = torch.ones_like(ids)
@@ -52,7 +52,7 @@ def test_holes_in_the_mask_are_left_to_transformers():
     assert same_text(model, ids, 0, attention_mask=mask) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2_moe"])
 def test_beam_search(family):
     same_text(steps.make(family), tiny_models.tokens(2, 6), num_beams=3)
 
@@ -82,6 +82,17 @@ def test_static_caches_are_left_to_transformers():
     ours = run()
     detach(model)
     assert torch.equal(ours, run())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_text_with_a_static_cache(family):
+    """It is written by transformers' path, and is the text of every other cache."""
+    model, ids = steps.make(family), tiny_models.tokens(1, 6)
+    expected = model.generate(ids, **GREEDY)
+    with steps.counted() as taken:
+        ours = model.generate(ids, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(ours, expected)
+    assert taken[0] == 0
 
 
 def test_a_long_text_grows_its_room_and_a_window_moves_in_it():

@@ -23,7 +23,8 @@ STEPS = [tiny_models.tokens(1, n, seed=n) for n in (1, 1, 3, 1, 1, 5, 1)]
 def test_family(family, dtype):
     theirs, ours, taken = steps.both_ways(steps.make(family, dtype), PROMPT, STEPS)
     assert taken == len(STEPS)
-    assert steps.miss(theirs, ours) < BOUNDS[dtype]
+    narrow = family in steps.MIXTURES and dtype is not torch.float32
+    assert (steps.typical_miss if narrow else steps.miss)(theirs, ours) < BOUNDS[dtype]
 
 
 def test_every_family_is_tested():
@@ -32,7 +33,7 @@ def test_every_family_is_tested():
 
 
 @pytest.mark.parametrize("isa", bitween.info()["isas"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", *steps.MIXTURES])
 def test_every_instruction_set(family, isa):
     own = bitween.info()["isa"]
     model = steps.make(family)
@@ -44,7 +45,7 @@ def test_every_instruction_set(family, isa):
     assert steps.miss(theirs, ours) < BOUNDS[torch.float32]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", *steps.MIXTURES])
 def test_any_number_of_threads_gives_the_same_bits(family):
     model, results = steps.make(family, torch.bfloat16), []
     threads = bitween.get_num_threads()

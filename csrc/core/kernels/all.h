@@ -51,9 +51,11 @@
         .trellis_multiply = trellis_multiply,       \
         .round_row = round_row,                     \
         .add_row = add_row,                         \
+        .mix_row = mix_row,                         \
         .norm_row = norm_row,                       \
         .rotate_row = rotate_row,                   \
         .activate_row = activate_row,               \
+        .clamped_row = clamped_row,                 \
         .attend_scores = attend_scores,             \
         .attend_weights = attend_weights,           \
         .attend_mix = attend_mix,                   \

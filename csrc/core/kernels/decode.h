@@ -29,6 +29,14 @@ static void add_row(float *x, const float *y, ptrdiff_t n, float scale, bw_dtype
     }
 }
 
+/* sum += weight * y, the product rounded. */
+static void mix_row(float *sum, const float *y, ptrdiff_t n, float weight, bw_dtype dtype) {
+    for (ptrdiff_t i = 0; i < n; i += 16) {
+        bw_vf part = round_lanes(bw_mul(bw_load(y + i), bw_set(weight)), dtype);
+        bw_store(sum + i, bw_add(bw_load(sum + i), part));
+    }
+}
+
 /* out = x / sqrt(mean of squares + eps), times a gain; n true columns. */
 static void norm_row(const float *x, ptrdiff_t n, const float *gain, float eps, bw_gain kind, bw_dtype dtype,
                      float *out) {
@@ -108,6 +116,17 @@ static void activate_row(float *x, const float *up, ptrdiff_t n, bw_activation k
         bw_vf y = round_lanes(activate_lanes(bw_load(x + i), kind), dtype);
         if (up) y = round_lanes(bw_mul(y, bw_load(up + i)), dtype);
         bw_store(x + i, y);
+    }
+}
+
+/* x = (up + 1) * (x * logistic(alpha * x)), x at most `limit` and up within it on both sides; each step rounded. */
+static void clamped_row(float *x, const float *up, ptrdiff_t n, float alpha, float limit, bw_dtype dtype) {
+    bw_vf top = bw_set(limit), bottom = bw_set(-limit);
+    for (ptrdiff_t i = 0; i < n; i += 16) {
+        bw_vf gate = bw_min(bw_load(x + i), top), u = bw_max(bw_min(bw_load(up + i), top), bottom);
+        bw_vf share = round_lanes(logistic_lanes(round_lanes(bw_mul(gate, bw_set(alpha)), dtype)), dtype);
+        bw_vf y = round_lanes(bw_mul(gate, share), dtype);
+        bw_store(x + i, round_lanes(bw_mul(round_lanes(bw_add(u, bw_set(1)), dtype), y), dtype));
     }
 }
 

@@ -163,10 +163,12 @@ typedef struct {
     /* kernels/decode.h, where each is explained. Rows are padded with zeros to whole vectors. */
     void (*round_row)(float *x, ptrdiff_t n, bw_dtype dtype);
     void (*add_row)(float *x, const float *y, ptrdiff_t n, float scale, bw_dtype dtype);
+    void (*mix_row)(float *sum, const float *y, ptrdiff_t n, float weight, bw_dtype dtype);
     void (*norm_row)(const float *x, ptrdiff_t n, const float *gain, float eps, bw_gain kind, bw_dtype dtype,
                      float *out);
     void (*rotate_row)(float *x, ptrdiff_t n, const float *cosine, const float *sine, int steps, bw_dtype dtype);
     void (*activate_row)(float *x, const float *up, ptrdiff_t n, bw_activation kind, bw_dtype dtype);
+    void (*clamped_row)(float *x, const float *up, ptrdiff_t n, float alpha, float limit, bw_dtype dtype);
     void (*attend_scores)(const bw_attend *job, const float *queries, const char *keys, ptrdiff_t n, float *scores);
     float (*attend_weights)(float *scores, ptrdiff_t n, float cap);
     void (*attend_mix)(const bw_attend *job, const float *weights, const float *totals, const char *values, ptrdiff_t n,
