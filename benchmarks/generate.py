@@ -3,11 +3,12 @@
     python benchmarks/generate.py MODEL_DIR [--bits 4] [--group-size 64] [--quantized DIR] [--isa avx2]
         [--llama PYTHON ...] [--tokens 64] [--rounds 5] [--threads 2] [--modes int16 int8 exact]
 
-MODEL_DIR may be random:LAYERSxWIDTHxINNERxVOCABULARY, a Llama of random weights. All take
-turns in one process. One model is rounded to one scheme, embedding and head included, since only the time counts here;
---quantized adds another, a mixed plan for instance. --isa repeats the first with another instruction set. --llama names
-interpreters with llama-cpp-python, xllamacpp or ik-llama-cpp-python: each reads the GGUF file of a model rounded to
-4 bits in groups of 32, which holds bitween's own codes, in a process of its own that works only in its turn.
+MODEL_DIR may be random:LAYERSxWIDTHxINNERxVOCABULARY, a Llama of random weights, or with xEXPERTS at the end a Mixtral,
+of whose experts a token chooses two. All take turns in one process. One model is rounded to one scheme, embedding and
+head included, since only the time counts here; --quantized adds another, a mixed plan for instance. --isa repeats the
+first with another instruction set. --llama names interpreters with llama-cpp-python, xllamacpp or ik-llama-cpp-python:
+each reads the GGUF file of a model rounded to 4 bits in groups of 32, which holds bitween's own codes, in a process of
+its own that works only in its turn.
 
 Columns: "CPU ms" is the CPU time of a token in all threads, which another program on the machine disturbs less than
 the time of the clock; "x bf16" and "x slow path" are medians over rounds of the ratio to the original and to

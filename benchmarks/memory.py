@@ -12,6 +12,7 @@ show the same one give the same bytes. Linux only.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -138,14 +139,17 @@ class Marks:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def make_llama(directory: Path, tokenizer: Path, layers: int, width: int, inner: int, vocabulary: int) -> None:
-    """A Llama of random bfloat16 weights, the same for the same sizes."""
+def make_llama(
+    directory: Path, tokenizer: Path, layers: int, width: int, inner: int, vocabulary: int, experts: int = 0
+) -> None:
+    """A Llama, or with experts a Mixtral, of random bfloat16 weights, the same for the same sizes."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
     torch.manual_seed(0)
     heads = max(1, width // 64)
-    config = LlamaConfig(
+    kind = functools.partial(MixtralConfig, num_local_experts=experts) if experts else LlamaConfig
+    config = kind(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=inner,
@@ -155,7 +159,7 @@ def make_llama(directory: Path, tokenizer: Path, layers: int, width: int, inner:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="500MB")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 

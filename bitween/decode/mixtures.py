@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,14 @@ def mixture_of(build: _Builder, block: nn.Module, mlp_parts: Callable) -> tuple[
 
 @contextlib.contextmanager
 def noted(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """The experts that each router, called in this order, chooses meanwhile: int64 (tokens * chosen,) each."""
+    """The experts that each router, called in this order, chooses meanwhile in this thread: int64 (tokens * chosen,)
+    each."""
     chosen: list[torch.Tensor] = []
+    thread = threading.get_ident()
 
     def note(module: nn.Module, args: tuple, out: tuple) -> None:
-        chosen.append(out[2].reshape(-1))
+        if threading.get_ident() == thread:
+            chosen.append(out[2].reshape(-1))
 
     handles = [router.register_forward_hook(note) for router in routers]
     try:
