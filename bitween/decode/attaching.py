@@ -22,6 +22,7 @@ from bitween.decode.mixtures import noted
 from bitween.decode.recognising import Recognised, recognise
 from bitween.decode.refusing import UnrecognisedError
 from bitween.decode.stepping import CACHE_NAME, ReadyStep, _Tables, read_step, ready_step
+from bitween.decode.watching import outputs_are_collected
 
 __all__ = ["ALLOWED", "attach", "detach", "path_of"]
 
@@ -70,7 +71,13 @@ def _state(base: nn.Module, fully: bool = True) -> _State:
 def _by_core(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BaseModelOutputWithPast | None:
     """A forward pass by the core, or None where it is transformers' to do."""
     step = read_step(args, kwargs)
-    if step is None or base.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if (
+        step is None
+        or outputs_are_collected()
+        or base.training
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     settings = base.config.__dict__
     if settings.get("output_hidden_states") or settings.get("output_attentions") or settings.get("_output_attentions"):

@@ -13,7 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from bitween import _core
 from bitween.layers.packed import MOVES, Packed
 
-__all__ = ["Watch"]
+try:  # how transformers collects outputs that a caller asks for; not in every version
+    from transformers.utils import output_capturing
+except ImportError:
+    output_capturing = None
+
+__all__ = ["Watch", "outputs_are_collected"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -35,6 +40,20 @@ def _count_registrations() -> None:
 def _events() -> tuple[int, int, int]:
     """Counters that move when any module of the process gets a part or a hook, or a packed layer is moved or cast."""
     return _registered[0], RemovableHandle.next_id, MOVES[0]
+
+
+_collector = getattr(output_capturing, "_active_collector", None)
+
+
+def outputs_are_collected() -> bool:
+    """Whether a model around this one gathers what inner modules give: hidden states, attentions, router logits."""
+    return _collector is not None and bool(_collector.get())
+
+
+def _only_collect(hooks: dict) -> bool:
+    """Whether hooks are transformers' own, which stay with a model that was once asked for such outputs, and idle."""
+    name = getattr(output_capturing, "__name__", None)
+    return _collector is not None and all(getattr(hook, "__module__", None) == name for hook in hooks.values())
 
 
 class Watch:
@@ -69,9 +88,15 @@ class Watch:
                     answers += [tensor.data_ptr, tensor.data_ptr()]
         for name, child in module._modules.items():
             same += [module._modules, name, child]
+        empty = []
+        for hooks in (getattr(module, name) for name in _HOOKS):
+            if hooks and _only_collect(hooks):
+                answers += [functools.partial(tuple, hooks), tuple(hooks)]
+            else:
+                empty.append(hooks)
         if not isinstance(module, Packed):
             self._always += answers
-        self._parts.append(([getattr(module, name) for name in _HOOKS], [module.__dict__], same, answers))
+        self._parts.append((empty, [module.__dict__], same, answers))
 
     def attribute(self, owner: Any, name: str) -> None:
         """Watch an attribute that stands in an object's dictionary."""

@@ -155,6 +155,36 @@ def test_what_asks_for_more_is_left_to_transformers(option):
         result = last(model, cache, **{option: True})
     assert taken[0] == 0
     assert len(result[option.removeprefix("output_")]) >= 3
+    with steps.counted() as taken:  # transformers' hooks stay, and nobody asks any more
+        cache = warm(model)
+        last(model, cache)
+    assert taken[0] == 4
+    assert path_of(model) == {"path": "core", "reason": None, "checked": 2}
+
+
+def test_a_hook_beside_those_that_collect_outputs_is_noticed():
+    model = steps.make("llama")
+    last(model, warm(model), output_hidden_states=True)
+    cache = warm(model)
+    before = as_transformers(model, cache)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out * 2)
+    expected = as_transformers(model, cache)
+    assert steps.miss(before, expected) > 0.01
+    assert steps.miss(expected, last(model, cache).logits) < 5e-4
+
+
+def test_a_model_around_that_collects_outputs_gets_them():
+    from transformers.utils import output_capturing
+
+    model = steps.make("llama")
+    cache = warm(model)
+    token = output_capturing._active_collector.set({"hidden_states": []})
+    try:
+        with steps.counted() as taken:
+            last(model, cache)
+    finally:
+        output_capturing._active_collector.reset(token)
+    assert taken[0] == 0
 
 
 def test_training_and_gradients_are_left_to_transformers():
