@@ -71,13 +71,9 @@ def _state(base: nn.Module, fully: bool = True) -> _State:
 def _by_core(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> BaseModelOutputWithPast | None:
     """A forward pass by the core, or None where it is transformers' to do."""
     step = read_step(args, kwargs)
-    if (
-        step is None
-        or outputs_are_collected()
-        or base.training
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if step is None or outputs_are_collected():
+        return None
+    if base.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     settings = base.config.__dict__
     if settings.get("output_hidden_states") or settings.get("output_attentions") or settings.get("_output_attentions"):
