@@ -48,11 +48,14 @@ _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 # Class of the decoder -> its family; the class has to be transformers' own.
 FAMILIES = {
+    "ArceeModel": Family(window="none"),
+    "CwmModel": Family(),
     "LlamaModel": Family(window="none"),
     "MistralModel": Family(window="config"),
     "MinistralModel": Family(),
     "Qwen2Model": Family(),
     "Qwen3Model": Family(),
+    "SeedOssModel": Family(window="none"),
     "SmolLM3Model": Family(),
     "Phi3Model": Family(window="config"),
     "GraniteModel": Family(window="none", embedding_scale="embedding_multiplier", residual_scale="residual_multiplier"),

@@ -16,7 +16,10 @@ from tests import quantized_models, tiny_models
 SCHEMES = [Scheme(4, 32), Scheme(8, 16, True), Scheme(3, -1), Scheme(1.58, 16)]
 OWN = {
     "llama": {"head_dim": 24},  # not a whole number of vectors
+    "arcee": {"hidden_act": "relu2", "mlp_bias": True},
+    "cwm": {"sliding_window": 6},
     "ministral": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8},
     "mistral": {"sliding_window": 6},
     "phi3": {"sliding_window": 6},
     "gemma2": {"head_dim": 8, "sliding_window": 6, "attn_implementation": "eager"},
@@ -45,11 +48,14 @@ OWN = {
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 ROUTERS = {"gpt_oss": "router"}
 FAMILIES = (
+    "arcee",
+    "cwm",
     "llama",
     "mistral",
     "ministral",
     "qwen2",
     "qwen3",
+    "seed_oss",
     "smollm3",
     "phi3",
     "granite",
