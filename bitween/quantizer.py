@@ -96,7 +96,8 @@ class Bitween:
         transforms : "auto" first rotates and scales a causal language model's weights into a basis that is easier to
             quantize, where its architecture allows one (`bitween.transforms`; a tied head may get a weight of its own,
             and all that stays in full precision is in that basis); "none" leaves the basis alone. By default "auto" for
-            method="trellis", whose one scale a row can't follow outliers, unless `turned` does that; "none" otherwise
+            methods with error feedback, which lose about a third less in it, trellis codes on outliers two thirds,
+            unless they are `turned`; "none" for rounding and clipping, to which it does harm
 
         Raises
         ------
@@ -122,7 +123,9 @@ class Bitween:
 
         base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
         dtype = self.layout.embedding.module.weight.dtype
-        if transforms == "auto" or (transforms is None and method == "trellis" and not turned):
+        if transforms is None:
+            transforms = "none" if turned or METHODS[method].needs < Needs.HESSIAN else "auto"
+        if transforms == "auto":
             self._transform(base)
         self.layout = blocks.inspect(base)
         wanted = self._wanted(patterns)
@@ -171,12 +174,9 @@ class Bitween:
         return "trellis" if self.scheme.coding == "trellis" else None
 
     def _transform(self, base: Any) -> None:
-        """Turn a copy into a basis that is easier to quantize, in float32."""
+        """Turn a copy into a basis that is easier to quantize."""
         from bitween.transforms import apply, plan_transforms
 
-        for parameter in base.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
         layout = blocks.inspect(base)
         table_bits = self.scheme.bits if self.embeddings else 8 * self.layout.embedding.module.weight.element_size()
         apply(base, layout, plan_transforms(base, layout, table_bits=table_bits), seed=self.seed)

@@ -23,6 +23,12 @@ enum { SIDE = BW_TRELLIS_SIDE, ROWS = 32 /* at a time: two rows of tiles, for sm
 #define UNITS_A_STEP \
     48.0f /* of the costs: fine enough for rounding not to matter, coarse enough to reach 4 deviations */
 
+/* A column counts at least this much beside the one of its block whose errors cost most: with less its distances would
+ * round to nothing, and its weights be those that the path passes by. Where one channel is a thousand times as active
+ * as its neighbours, that lost more than all other columns of the matrix together. */
+#define LEAST_SHARE 0.125f
+#define LEAST_GAIN 1.1 /* of what a bit saves in one tile, to what it costs in another, for it to move */
+
 typedef struct {
     const bw_matrix *weight;
     const bw_trellis *out;
@@ -32,6 +38,7 @@ typedef struct {
     float *costs;      /* (cols): of a squared error at each position */
     ptrdiff_t *starts; /* (col_tiles): byte of each tile within its row */
     int16_t *values;   /* of all states, times 64 */
+    int least_rate;
     uint8_t columns[BW_TRELLIS_TILE], rows[BW_TRELLIS_TILE]; /* of each weight of a tile's sequence */
     ptrdiff_t n, col_tiles, row_bytes, bench_bytes, path_bytes;
     bw_gptq_report *report;
@@ -103,7 +110,7 @@ static void make_tables(const trellis_job *job, const float *costs, ptrdiff_t n,
     float largest = 0;
     for (ptrdiff_t c = 0; c < n; c++) largest = costs[c] > largest ? costs[c] : largest;
     for (ptrdiff_t c = 0; c < SIDE; c++) {
-        float share = c < n && largest > 0 ? sqrtf(costs[c] / largest) : 0;
+        float share = c < n && largest > 0 ? fmaxf(sqrtf(costs[c] / largest), costs[c] > 0 ? LEAST_SHARE : 0) : 0;
         int factor = (int)(share * (UNITS_A_STEP * 512) + 0.5f);
         units[c] = (float)factor / 512;
         bw_cpu()->trellis_values(job->values, states, factor, b->tables + c * states);
@@ -268,7 +275,32 @@ static int descending(const void *left, const void *right) {
     return a->tile < b->tile ? -1 : a->tile > b->tile;
 }
 
-/* One rate for all, or the higher one for the half of the tiles that cost most. */
+/* Squared error that each rate leaves of Gaussian weights of variance 1 (docs/trellis.md), those of no bits at all. */
+static const double error_at[BW_TRELLIS_MOST_RATE + 1] = {1, 0.277, 0.0743, 0.0192, 0.0050, 0.00135};
+
+/* Moves single bits from tiles that miss them least to those that need them most, as long as that pays: the
+ * distribution of bits over sources of unequal variance (Cover and Thomas, Elements of Information Theory, 10.3.3), in
+ * whole bits. All tiles together keep their bytes. A channel that is a thousand times as active as the others, as every
+ * larger language model has some, takes all the bits that a tile can have. */
+static void move_bits(const ranked *all, ptrdiff_t n, uint8_t *rates) {
+    for (ptrdiff_t moves = 0; moves < BW_TRELLIS_MOST_RATE * n; moves++) {
+        ptrdiff_t up = -1, down = -1;
+        double gain = 0, loss = INFINITY;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            int rate = rates[all[i].tile];
+            double more = rate < BW_TRELLIS_MOST_RATE ? all[i].cost * (error_at[rate] - error_at[rate + 1]) : 0;
+            double less = rate > 1 ? all[i].cost * (error_at[rate - 1] - error_at[rate]) : INFINITY;
+            if (more > gain) gain = more, up = i;
+            if (less <= loss) loss = less, down = i;
+        }
+        if (up < 0 || down < 0 || up == down || !(gain > LEAST_GAIN * loss)) return;
+        rates[all[up].tile]++;
+        rates[all[down].tile]--;
+    }
+}
+
+/* One rate for all, or the higher one for the half of the tiles that cost most; then bits move. What EXL3 holds has one
+ * rate. */
 static bw_status choose_rates(trellis_job *job) {
     ptrdiff_t tiles = job->col_tiles;
     int half = job->options->half_bits;
@@ -279,7 +311,11 @@ static bw_status choose_rates(trellis_job *job) {
     qsort(all, (size_t)tiles, sizeof *all, descending);
     for (ptrdiff_t i = 0; i < tiles; i++)
         job->out->rates[all[i].tile] = (uint8_t)(half / 2 + (half % 2 && i < (tiles + 1) / 2));
+    if (!job->options->turned) move_bits(all, tiles, job->out->rates);
     bw_free(all);
+    job->least_rate = BW_TRELLIS_MOST_RATE;
+    for (ptrdiff_t t = 0; t < tiles; t++)
+        if (job->out->rates[t] < job->least_rate) job->least_rate = job->out->rates[t];
     job->row_bytes = 0;
     for (ptrdiff_t t = 0; t < tiles; t++) {
         job->starts[t] = job->row_bytes;
@@ -316,7 +352,7 @@ static bw_status run(trellis_job *job) {
     bench measure;
     ptrdiff_t n_chunks = (job->out->rows - 1) / ROWS + 1;
     int n_workers = bw_n_workers(n_chunks);
-    job->path_bytes = bw_path_bytes(job->out->width, job->options->half_bits / 2);
+    job->path_bytes = bw_path_bytes(job->out->width, job->least_rate);
     job->bench_bytes = lay_bench(job, NULL, &measure);
     job->scratch = bw_alloc(n_workers, job->bench_bytes);
     if (!job->scratch) return BW_ERR_MEMORY;
