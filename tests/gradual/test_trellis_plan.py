@@ -13,7 +13,7 @@ from bitween import Scheme
 from bitween.gradual import GradualQuantizer, PrecisionOptimizer
 from bitween.gradual.scores.curvature import block_variances, collect_curvature
 from bitween.gradual.scores.fisher import candidate_schemes, score_layers, trellis_schemes
-from bitween.gradual.scores.trellis_error import error_table, trellis_errors
+from bitween.gradual.scores.trellis_error import error_table, tile_rates, trellis_errors
 from bitween.layers import packed_layers
 from bitween.realise.context import RunContext
 from bitween.report import plots
@@ -156,3 +156,20 @@ def test_targets_that_hold_none_never_see_them(tiny_model, tiny_tokenizer, targe
 def test_a_flag_that_is_none(tiny_model, tiny_tokenizer):
     with pytest.raises(TypeError, match="trellis: expected True or False; got 'yes'"):
         GradualQuantizer(tiny_model, tiny_tokenizer, trellis="yes")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 4, 4.5, 5])
+def test_rates_of_tiles_are_those_of_the_core(bits):
+    generator = np.random.default_rng(int(2 * bits))
+    weight = generator.standard_normal((16, 600)).astype(np.float32)
+    importance = (2.0 ** generator.uniform(-6, 6, 38).round()).astype(np.float32).repeat(16)[:600]
+    scheme = Scheme.trellis(bits)
+    stored = bitween.quantize(weight, scheme, method="trellis", importance=importance)
+    needs = np.add.reduceat(importance.astype(np.float64), np.arange(0, 600, 16))
+    rates = tile_rates(needs, scheme)
+    assert np.array_equal(np.asarray(stored.zeros), rates)
+    assert len(set(rates.tolist())) > (2 if 1 < bits < 5 else 0)
+    columns, rows = importance.astype(np.float64), np.ones(16)
+    predicted = float(trellis_errors(weight, [scheme], columns, rows)[0])
+    real = float(((weight - stored.dequantize()).astype(np.float64) ** 2 @ columns).sum())
+    assert 0.85 < predicted / real < 1.15
