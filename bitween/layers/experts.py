@@ -18,7 +18,7 @@ from torch import nn
 from bitween.layers.linear import QuantizedLinear
 from bitween.layers.together import multiply_together
 
-__all__ = ["ExpertStack", "ExpertWeight", "take_over"]
+__all__ = ["ExpertStack", "ExpertWeight", "take_over", "unpacked"]
 
 IMPLEMENTATION = "bitween"  # the name under which transformers' dispatch of experts knows `forward_by_expert`
 
@@ -105,6 +105,12 @@ class ExpertStack(nn.Module):
         self._like = fn(torch.empty(0, dtype=self._like, device=self.device)).dtype
         return self
 
+    def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, self)
+
+    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self, x)
+
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """A batched product runs expert by expert on the rows that are not zero; all else gets the numbers."""
@@ -113,7 +119,7 @@ class ExpertStack(nn.Module):
             x, stack = args
             if isinstance(stack, ExpertStack) and stack.transposed and (out := _batched(x, stack)) is not None:
                 return out
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
     def extra_repr(self) -> str:
         return f"{len(self)} experts, transposed={self.transposed}"
@@ -148,7 +154,7 @@ class _Turned:
             upright = isinstance(turned, _Turned) and not turned.stack.transposed
             if upright and (out := _batched(x, turned.stack)) is not None:
                 return out
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
 
 class _Spread:
@@ -176,17 +182,20 @@ class _Spread:
             stack, x = args[0].stack, args[1]
             if isinstance(x, torch.Tensor) and x.ndim == 4 and len(x) == len(stack):
                 return torch.stack([_times(stack.layer(e), columns) for e, columns in enumerate(x)])
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in (kwargs or {}).items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in (kwargs or {}).items()})
 
 
 def _on_numbers(name: str) -> Callable:
-    def operation(self: _Spread, *others: Any) -> Any:
+    def operation(self: ExpertStack | _Turned | _Spread, *others: Any) -> Any:
         return getattr(self.dense(), name)(*others)
 
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem", "rmatmul"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg"):
+    for _kind in (ExpertStack, _Turned, _Spread):
+        setattr(_kind, f"__{_name}__", _on_numbers(f"__{_name}__"))
+for _name in ("getitem", "rmatmul"):
     setattr(_Spread, f"__{_name}__", _on_numbers(f"__{_name}__"))
 
 
@@ -293,16 +302,16 @@ class ExpertWeight:
             weight, x = args
             if weight.upright and isinstance(x, torch.Tensor) and x.ndim >= 2:
                 return _times(weight.layer, x)
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
 
 _MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
     if isinstance(value, (ExpertStack, ExpertWeight, _Spread, _Turned)):
         return value.dense()
-    return type(value)(_unpacked(v) for v in value) if type(value) in (tuple, list) else value
+    return type(value)(unpacked(v) for v in value) if type(value) in (tuple, list) else value
 
 
 # ---- transformers' own contract for experts, by expert -----------------------------------------------

@@ -111,7 +111,7 @@ class BlockRunner:
     products : {"auto", "bf16", "fp32"}
         "fp32" leaves the arithmetic to the model. "bf16" multiplies in bfloat16 (torch.autocast) and
         keeps the hidden states between the layers in float32. "auto" takes "bf16" where the CPU has
-        it in hardware.
+        it in hardware and, as far as `check` tells, the model's own code runs so.
     check : bool
         Compare with an ordinary forward pass over a few tokens first, and raise ValueError if the
         logits differ: some models pass more than hidden states from block to block.
@@ -142,6 +142,8 @@ class BlockRunner:
         self._plain_tail = self._plain_logits = False
         if check:
             self._check()
+            if products == "auto" and self.products == "bf16" and not self._runs_mixed():
+                self.products = "fp32"
 
     def __enter__(self) -> Self:
         self._depth += 1
@@ -355,6 +357,18 @@ class BlockRunner:
                 _compare(expected, self.after_head(raw))
         finally:
             self.products = own
+
+    def _runs_mixed(self) -> bool:
+        """Whether the model's code bears products that come in another dtype than their operands (DBRX's adds them to
+        a tensor of the operands' in place, which torch refuses)."""
+        hidden, context = self.embed(_probe_ids(self.layout.embedding))
+        try:
+            for i in range(len(self.layout.blocks)):
+                hidden = self.run_block(i, hidden, context)
+            self.logits(self.final(hidden))
+        except RuntimeError:
+            return False
+        return True
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
