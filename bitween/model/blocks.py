@@ -16,6 +16,7 @@ from torch import nn
 from bitween.layers import tiles
 from bitween.model.experts import unfolded
 from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
+from bitween.model.lookups import Lookups
 from bitween.model.one_block import OneBlockReplay
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
@@ -278,6 +279,34 @@ class BlockRunner:
             if _version(x) != version:
                 raise ValueError(f"{name}: expected an input that stays; the model overwrites it in place")
         return (None if layers is not None else out), _group(seen)
+
+    def table_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Gradient at the rows that `ids` look up in the word embedding, (lookups, columns).
+
+        Parameters
+        ----------
+        ids : LongTensor (batch, length)
+        gradient : at the first block's input, (batch, length, width), from which the embedding's columns may differ in
+            scale and in number
+
+        None where the table is read otherwise than by torch's lookup.
+        """
+        entering: list[torch.Tensor] = []
+
+        def on_block(_i: int, _call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            entering.append(hidden)
+            raise Stop
+
+        weight = self.model.get_submodule(self.layout.embedding.name)._parameters.get("weight")
+        if weight is None:
+            return None
+        with self._quiet(grad=True), Lookups(weight) as lookups:
+            self._replay.walk(ids.to(self.device), on_block)
+        if not lookups.found or not entering[0].requires_grad:
+            return None
+        found = torch.autograd.grad(entering, lookups.found, [gradient.to(entering[0].dtype)], allow_unused=True)
+        known = [g.reshape(-1, g.shape[-1]) for g in found if g is not None]
+        return torch.cat(known) if known else None
 
     def shared_inputs(self, i: int) -> tuple[tuple[str, ...], ...]:
         """Layers of block `i` grouped by the tensor they read, for instance (q, k, v), (o,), (gate, up), (down,).
