@@ -52,7 +52,12 @@ class Subject:
 
 
 def _tokens(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return min(len(table) for table in _matrices(model.get_input_embeddings()))
+
+
+def _matrices(end: nn.Module | None) -> list[torch.Tensor]:
+    """Weights of an embedding or a head, of which a model of several codebooks has lists."""
+    return [p for p in end.parameters() if p.ndim == 2] if end is not None else []
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -101,9 +106,8 @@ def dequantized(model: nn.Module, packed: nn.Module) -> tuple[nn.Module, float, 
                     path = f"{name}.{own}" if name else own
                     if not _in_stack(packed, path):
                         plain.get_parameter(path).copy_(tensor)
-    tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)} | {
-        id(plain.get_output_embeddings().weight)
-    }
+    tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for p in _matrices(plain.get_output_embeddings())}
     matrices = {
         id(p): (n, p)
         for n, p in plain.named_parameters()
@@ -160,9 +164,12 @@ def saved(subject: Subject) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             subject.model.save_pretrained(Path(folder) / "original")
-            kind.from_pretrained(Path(folder) / "original")
+            own = kind.from_pretrained(Path(folder) / "original")
+            gap = float((logits(own, subject.ids[:2]) - subject.expected).abs().max()) / max(subject.spread, 1e-9)
         except Exception as error:  # a configuration that transformers writes and does not read
             return f"none, the original raises {type(error).__name__}"
+        if not gap <= SPREAD:
+            return f"none, the original's own logits differ by {gap:.1e} of their spread"
         ways = {
             "save_model": lambda path: bitween.save_model(subject.packed, None, path),
             "save_pretrained": subject.packed.save_pretrained,
