@@ -346,6 +346,8 @@ def forward_by_expert(
 ) -> torch.Tensor:
     """What transformers' `batched_mm_experts_forward` computes, each expert's layer called once with its tokens."""
     each, n_experts = top_k_index.shape[-1], len(self.down_proj)
+    if top_k_weights.shape[-1] != each:  # a router that tells every expert's weight
+        top_k_weights = top_k_weights.gather(-1, top_k_index)
     chosen = top_k_index.reshape(-1)
     order = None
     if len(hidden_states) == 1:
@@ -357,11 +359,12 @@ def forward_by_expert(
         parts = _parts(torch.bincount(chosen, minlength=n_experts).tolist())
     parts = [part for part in parts if part[0] < n_experts]  # a number beyond them marks a slot without an expert
     inside = chosen.clamp(max=n_experts - 1)
-    first, bias = ("gate_up_proj", "gate_up_proj_bias") if self.has_gate else ("up_proj", "up_proj_bias")
+    gated = getattr(self, "has_gate", True)  # all are in the first versions of transformers 5
+    first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
     out = _products(getattr(self, first), x, parts)
     if self.has_bias:
         out = out + getattr(self, bias)[inside].to(out.dtype)
-    out = self._apply_gate(out) if self.has_gate else self.act_fn(out)
+    out = self._apply_gate(out) if gated else self.act_fn(out)
     out = _products(self.down_proj, out, parts)
     if self.has_bias:
         out = out + self.down_proj_bias[inside].to(out.dtype)

@@ -243,7 +243,7 @@ def _has_own_forward(model: nn.Module, name: str) -> bool:
 def _by_contract(owner: nn.Module, name: str) -> bool:
     attribute = name.rpartition(".")[2]
     stacks = attribute in ("gate_up_proj", "up_proj", "down_proj") and owner._parameters[attribute].ndim == 3
-    return stacks and hasattr(owner, "has_gate") and hasattr(owner, "is_transposed")
+    return stacks and hasattr(owner, "_apply_gate") and hasattr(owner, "is_transposed")
 
 
 def _large(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -361,3 +361,26 @@ def test_experts_that_no_text_reaches_are_counted():
     assert "reached by no calibration text" in str(report)
     assert set(report.routing) == {f"model.layers.{i}.mlp.experts" for i in range(len(model.model.layers))}
     assert "of tokens go to other experts" in str(report)
+
+
+def _first_contract(model):
+    """As in the first versions of transformers 5: nothing says whether experts have a gate, all of them have."""
+    for module in model.modules():
+        if hasattr(module, "has_gate"):
+            del module.has_gate
+    return model
+
+
+def test_experts_of_the_first_contract_are_found_and_multiplied():
+    model = _first_contract(make("mixtral"))
+    assert set(find_stacks(model).values()) == {Held(transposed=False)}
+    assert gap(logits(unfolded(model), tokens()), logits(make("mixtral"), tokens())) < 1e-5
+
+
+def test_routers_may_tell_the_weight_of_every_expert():
+    experts = unfolded(make("mixtral")).model.layers[0].mlp.experts
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(5, 4, generator=torch.Generator().manual_seed(2))
+    chosen = weights.topk(2).indices
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, chosen, weights), experts(x, chosen, weights.gather(-1, chosen)))
