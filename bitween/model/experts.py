@@ -236,8 +236,10 @@ def _has_own_forward(model: nn.Module, name: str) -> bool:
     """Not a convolution or another module of torch's own, whose 3-D weight is no stack of matrices, and no weight that
     is packed as the one matrix it is."""
     owner = _owner(model, name)
-    one = isinstance(owner, (nn.Linear, nn.Embedding)) and name.rpartition(".")[2] == "weight"
-    return not one and not type(owner).__module__.startswith("torch.")
+    one = isinstance(owner, (nn.Linear, nn.Embedding)) or hasattr(owner, "nf")  # transformers' Conv1D
+    if one and name.rpartition(".")[2] == "weight":
+        return False
+    return not type(owner).__module__.startswith("torch.")
 
 
 def _by_contract(owner: nn.Module, name: str) -> bool:

@@ -285,8 +285,10 @@ def test_a_stack_as_a_whole_gives_its_numbers_to_anything_but_a_product():
         torch.testing.assert_close(use(stack), use(weight))
 
 
-def test_a_model_without_experts_is_not_copied():
-    model = make("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_model_without_experts_is_not_copied_and_not_run(family, monkeypatch):
+    model = make(family)
+    monkeypatch.setattr(type(model), "forward", lambda *_args, **_kwargs: pytest.fail("run"))
     assert unfolded(model) is model
 
 
