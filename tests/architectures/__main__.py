@@ -111,14 +111,15 @@ def run(model_type: str, checks: str = "") -> dict[str, str]:
     import transformers
 
     from tests.architectures.checks import CHECKS, Subject
-    from tests.architectures.tiny import tiny_causal
+    from tests.architectures.tiny import examples_of, tiny_causal
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results: dict[str, str] = {}
     try:
-        subject = Subject(tiny_causal(model_type))
+        model = tiny_causal(model_type)
+        subject = Subject(model, examples_of(model))
         results["build"] = type(subject.model).__name__
     except BaseException as error:
         return {"build": f"none {type(error).__name__}: {str(error)[:160]}"}

@@ -201,6 +201,33 @@ def tiny_causal(model_type: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def examples_of(model: nn.Module, count: int = 40) -> list[dict] | None:
+    """Inputs for a model that text alone does not run; None for any other.
+
+    A drafting model reads the last hidden state of the model that it drafts for, and that one's keys and values.
+    """
+    if not type(model).__name__.endswith("AssistantForCausalLM"):
+        return None
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    shapes = {}
+    for kind, layer in zip(model.config.get_text_config().layer_types, model.model.layers, strict=True):
+        attention = layer.self_attn
+        heads = attention.q_proj.out_features // attention.head_dim
+        shapes[kind] = 1, heads // attention.num_key_value_groups, 9, attention.head_dim
+    return [
+        {
+            "inputs_embeds": drawn(1, 1, model.pre_projection.in_features),
+            "shared_kv_states": {kind: (drawn(*shape), drawn(*shape)) for kind, shape in shapes.items()},
+            "position_ids": torch.full((1, 1), 8),
+        }
+        for _ in range(count)
+    ]
+
+
 def tiny_config(model_type: str):
     """The type's configuration with every size that has one of the usual names made small."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
