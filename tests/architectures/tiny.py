@@ -86,7 +86,10 @@ _OWN: dict[str, dict] = {
         "global_config": {"hidden_size": 64},
     },
     "codegen": {"rotary_dim": 8},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"moe_top_k": 2, "hidden_size": 64},
+    },
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {
@@ -140,7 +143,7 @@ _OWN: dict[str, dict] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_linear": {"num_experts_per_token": 2, "num_experts_per_tok": 2, "num_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
