@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,15 +316,21 @@ def _watched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[s
     watch = _Watch(parameters)
     found: dict[str, Held] = {}
     for tokens in (_TOKENS, _MORE):
-        with settled(model), torch.no_grad(), watch:
+        known = nullcontext() if tokens == _TOKENS else suppress(Exception)  # it may have fewer positions
+        with known, settled(model), torch.no_grad(), watch:
             model(torch.arange(tokens, device=device)[None] % count)
         found = {name: next(iter(ways)) for name, ways in watch.seen.items() if len(ways) == 1}
         kinds = {_kind(model, name): held for name, held in found.items()}
         unseen = {name: _kind(model, name) for name in parameters if name not in watch.seen}
         found |= {name: kinds[kind] for name, kind in unseen.items() if kind in kinds}
-        if all(kind in kinds or parameters[name].ndim == 2 for name, kind in unseen.items()):
+        if not any(kind not in kinds and _many(parameters[name]) for name, kind in unseen.items()):
             break
     return {name: held for name, held in found.items() if held.fused != 1}
+
+
+def _many(parameter: nn.Parameter) -> bool:
+    """Whether it may hold matrices of several experts, unlike a table of positions (1, length, width)."""
+    return parameter.ndim == 3 and parameter.shape[0] > 1
 
 
 def _kind(model: nn.Module, name: str) -> tuple[type, str, int]:

@@ -277,6 +277,18 @@ def test_stacks_that_no_token_reaches_are_held_as_their_like(firsts):
     assert find_stacks(model) == {"1.weight": Held(transposed=True), "2.weight": Held(transposed=True)}
 
 
+def test_a_model_of_few_positions_is_not_shown_more():
+    class Few(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.nn.functional.embedding(torch.arange(x.shape[1]), torch.zeros(10, 16))
+
+    model = torch.nn.Sequential(torch.nn.Embedding(120, 16), Few(), Seldom(0), torch.nn.Module())
+    model[3].never = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    model[3].forward = lambda x: x
+    model.get_input_embeddings = lambda: model[0]
+    assert find_stacks(model) == {"2.weight": Held(transposed=True)}
+
+
 def test_a_stack_as_a_whole_gives_its_numbers_to_anything_but_a_product():
     model = LeftProducts(at_once=True)
     stack, weight = unfolded(model).weight, model.weight
