@@ -15,6 +15,7 @@ from tests.architectures.tiny import causal_types
 
 _MARK = {"ok": "✓", "bad": "✗", "none": "–", "not run": "·"}
 _CHECKS = ("rtn", "gptq", "generate", "save", "gradual")
+_NAMES = {"rtn": "packed", "gptq": "GPTQ"}  # in the table's head
 _FAILS, _REST, _OTHERS = "## What fails", "## Not built", "## With transformers "
 
 
@@ -97,18 +98,16 @@ def _section(version: str, found: dict[str, dict[str, str]]) -> list[str]:
     bad = {f"{n}, {c}": r[c] for n, r in built.items() for c in _CHECKS if _state(r.get(c, "")) == "bad"}
     bad |= {name: result["build"] for name, result in found.items() if name not in built}
     failing = {name.partition(",")[0] for name in bad}
-    good = [f"`{n}`" for n, r in built.items() if n not in failing and all(c in r for c in _CHECKS)]
-    part = [f"`{n}`" for n, r in built.items() if n not in failing and not all(c in r for c in _CHECKS)]
-    lines = [
-        f"{_OTHERS}{version}",
-        "",
-        f"{len(found)} types were run with this version, {len(built)} of them built; {len(good)} pass all five checks: "
-        + ", ".join(good)
-        + ".",
-    ]
-    if part:
-        lines[-1] += f" Those that were run pass: {', '.join(part)}."
-    return lines + ([""] + [f"- {name}: {_said(said)}" for name, said in sorted(bad.items())] if bad else [])
+    passing: dict[tuple[str, ...], list[str]] = {}
+    for name, result in built.items():
+        if name not in failing:
+            passing.setdefault(tuple(check for check in _CHECKS if check in result), []).append(f"`{name}`")
+    said = [f"{len(found)} types were run with this version, {len(built)} of them built."]
+    for checks, names in sorted(passing.items(), key=lambda item: -len(item[0])):
+        what = "all five checks" if checks == _CHECKS else ", ".join(_NAMES.get(check, check) for check in checks)
+        said.append(f"{len(names)} pass {what}: {', '.join(names)}.")
+    lines = [f"{_OTHERS}{version}", "", " ".join(said)]
+    return lines + ([""] + [f"- {name}: {_said(text)}" for name, text in sorted(bad.items())] if bad else [])
 
 
 # ---- the page as it was -----------------------------------------------------------------------------

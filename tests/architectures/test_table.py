@@ -72,9 +72,14 @@ def test_types_without_a_result_keep_what_the_page_says_of_them(written):
 
 def test_other_versions_have_parts_of_their_own(written):
     written({"a": GOOD})
-    page = written({"a": GOOD, "b": {**GOOD, "save": "WRONG logits"}, "c": {"build": "none no"}}, "5.0.0")
+    part = {key: GOOD[key] for key in ("build", "rtn", "save")}
+    bad = {**GOOD, "save": "WRONG logits"}
+    page = written({"a": GOOD, "b": bad, "c": {"build": "none no"}, "d": part}, "5.0.0")
     part = page.partition("## With transformers 5.0.0")[2]
-    assert "3 types were run with this version, 2 of them built; 1 pass all five checks: `a`." in part
+    assert (
+        "4 types were run with this version, 3 of them built. 1 pass all five checks: `a`. 1 pass packed, save: `d`."
+        in part
+    )
     assert "- b, save: WRONG logits" in part
     assert "- c: no" in part
     assert written({}, "5.0.0") == page  # kept without results

@@ -52,6 +52,7 @@ _SIZES = dict(
 
 # What a type needs beside these sizes; a dictionary goes to the part of the configuration of that name.
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}  # keys of every head come from one latent
+_PAD = {"pad_token_id": 0}  # asked for, and not always there
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BLT = {"hidden_size": 64, "cross_attn_k": 1, "hidden_size_global": 64}
 _DOTS3 = {
@@ -151,6 +152,7 @@ _OWN: dict[str, dict] = {
     "musicgen": {"decoder": {"num_codebooks": 1}},  # else examples are several rows
     "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    **dict.fromkeys(("phi", "stablelm"), _PAD),
     "phi4_multimodal": {"audio_config": {"num_blocks": 2, "ext_pw_out_channel": 64}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
