@@ -190,7 +190,8 @@ def _fits(cache: DynamicCache, known: Any, batch: int) -> bool:
     for layer, window in zip(layers, known.windows, strict=True):
         if type(layer) not in (*_ROOMY, *_ROOMY.values()) or not layer.is_initialized:
             return False
-        if layer.is_sliding and (layer.sliding_window != window or window < 2 or layer.record_past):
+        recording = getattr(layer, "record_past", False)  # the first versions of transformers 5 can't
+        if layer.is_sliding and (layer.sliding_window != window or window < 2 or recording):
             return False
         seen = layer.get_seq_length()
         lengths.add(seen)

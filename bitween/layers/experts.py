@@ -18,7 +18,7 @@ from torch import nn
 from bitween.layers.linear import QuantizedLinear
 from bitween.layers.together import multiply_together
 
-__all__ = ["ExpertStack", "ExpertWeight", "take_over"]
+__all__ = ["ExpertStack", "ExpertWeight", "take_over", "unpacked"]
 
 IMPLEMENTATION = "bitween"  # the name under which transformers' dispatch of experts knows `forward_by_expert`
 
@@ -105,6 +105,12 @@ class ExpertStack(nn.Module):
         self._like = fn(torch.empty(0, dtype=self._like, device=self.device)).dtype
         return self
 
+    def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x, self)
+
+    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self, x)
+
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """A batched product runs expert by expert on the rows that are not zero; all else gets the numbers."""
@@ -113,7 +119,7 @@ class ExpertStack(nn.Module):
             x, stack = args
             if isinstance(stack, ExpertStack) and stack.transposed and (out := _batched(x, stack)) is not None:
                 return out
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
     def extra_repr(self) -> str:
         return f"{len(self)} experts, transposed={self.transposed}"
@@ -148,7 +154,7 @@ class _Turned:
             upright = isinstance(turned, _Turned) and not turned.stack.transposed
             if upright and (out := _batched(x, turned.stack)) is not None:
                 return out
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
 
 class _Spread:
@@ -176,17 +182,20 @@ class _Spread:
             stack, x = args[0].stack, args[1]
             if isinstance(x, torch.Tensor) and x.ndim == 4 and len(x) == len(stack):
                 return torch.stack([_times(stack.layer(e), columns) for e, columns in enumerate(x)])
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in (kwargs or {}).items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in (kwargs or {}).items()})
 
 
 def _on_numbers(name: str) -> Callable:
-    def operation(self: _Spread, *others: Any) -> Any:
+    def operation(self: ExpertStack | _Turned | _Spread, *others: Any) -> Any:
         return getattr(self.dense(), name)(*others)
 
     return operation
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "getitem", "rmatmul"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg"):
+    for _kind in (ExpertStack, _Turned, _Spread):
+        setattr(_kind, f"__{_name}__", _on_numbers(f"__{_name}__"))
+for _name in ("getitem", "rmatmul"):
     setattr(_Spread, f"__{_name}__", _on_numbers(f"__{_name}__"))
 
 
@@ -293,16 +302,16 @@ class ExpertWeight:
             weight, x = args
             if weight.upright and isinstance(x, torch.Tensor) and x.ndim >= 2:
                 return _times(weight.layer, x)
-        return func(*_unpacked(args), **{name: _unpacked(value) for name, value in kwargs.items()})
+        return func(*unpacked(args), **{name: unpacked(value) for name, value in kwargs.items()})
 
 
 _MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
     if isinstance(value, (ExpertStack, ExpertWeight, _Spread, _Turned)):
         return value.dense()
-    return type(value)(_unpacked(v) for v in value) if type(value) in (tuple, list) else value
+    return type(value)(unpacked(v) for v in value) if type(value) in (tuple, list) else value
 
 
 # ---- transformers' own contract for experts, by expert -----------------------------------------------
@@ -337,6 +346,8 @@ def forward_by_expert(
 ) -> torch.Tensor:
     """What transformers' `batched_mm_experts_forward` computes, each expert's layer called once with its tokens."""
     each, n_experts = top_k_index.shape[-1], len(self.down_proj)
+    if top_k_weights.shape[-1] != each:  # a router that tells every expert's weight
+        top_k_weights = top_k_weights.gather(-1, top_k_index)
     chosen = top_k_index.reshape(-1)
     order = None
     if len(hidden_states) == 1:
@@ -348,11 +359,12 @@ def forward_by_expert(
         parts = _parts(torch.bincount(chosen, minlength=n_experts).tolist())
     parts = [part for part in parts if part[0] < n_experts]  # a number beyond them marks a slot without an expert
     inside = chosen.clamp(max=n_experts - 1)
-    first, bias = ("gate_up_proj", "gate_up_proj_bias") if self.has_gate else ("up_proj", "up_proj_bias")
+    gated = getattr(self, "has_gate", True)  # all are in the first versions of transformers 5
+    first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
     out = _products(getattr(self, first), x, parts)
     if self.has_bias:
         out = out + getattr(self, bias)[inside].to(out.dtype)
-    out = self._apply_gate(out) if self.has_gate else self.act_fn(out)
+    out = self._apply_gate(out) if gated else self.act_fn(out)
     out = _products(self.down_proj, out, parts)
     if self.has_bias:
         out = out + self.down_proj_bias[inside].to(out.dtype)

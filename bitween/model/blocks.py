@@ -16,6 +16,7 @@ from torch import nn
 from bitween.layers import tiles
 from bitween.model.experts import unfolded
 from bitween.model.layout import Block, Kept, Layer, ModelLayout, check_finite, find_parts, kind_of
+from bitween.model.lookups import Lookups
 from bitween.model.one_block import OneBlockReplay
 from bitween.model.replay import Call, Replay, Stop, hidden_of, logits_of, settled
 
@@ -111,7 +112,7 @@ class BlockRunner:
     products : {"auto", "bf16", "fp32"}
         "fp32" leaves the arithmetic to the model. "bf16" multiplies in bfloat16 (torch.autocast) and
         keeps the hidden states between the layers in float32. "auto" takes "bf16" where the CPU has
-        it in hardware.
+        it in hardware and, as far as `check` tells, the model's own code runs so.
     check : bool
         Compare with an ordinary forward pass over a few tokens first, and raise ValueError if the
         logits differ: some models pass more than hidden states from block to block.
@@ -142,6 +143,8 @@ class BlockRunner:
         self._plain_tail = self._plain_logits = False
         if check:
             self._check()
+            if products == "auto" and self.products == "bf16" and not self._runs_mixed():
+                self.products = "fp32"
 
     def __enter__(self) -> Self:
         self._depth += 1
@@ -277,6 +280,34 @@ class BlockRunner:
                 raise ValueError(f"{name}: expected an input that stays; the model overwrites it in place")
         return (None if layers is not None else out), _group(seen)
 
+    def table_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Gradient at the rows that `ids` look up in the word embedding, (lookups, columns).
+
+        Parameters
+        ----------
+        ids : LongTensor (batch, length)
+        gradient : at the first block's input, (batch, length, width), from which the embedding's columns may differ in
+            scale and in number
+
+        None where the table is read otherwise than by torch's lookup.
+        """
+        entering: list[torch.Tensor] = []
+
+        def on_block(_i: int, _call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            entering.append(hidden)
+            raise Stop
+
+        weight = self.model.get_submodule(self.layout.embedding.name)._parameters.get("weight")
+        if weight is None:
+            return None
+        with self._quiet(grad=True), Lookups(weight) as lookups:
+            self._replay.walk(ids.to(self.device), on_block)
+        if not lookups.found or not entering[0].requires_grad:
+            return None
+        found = torch.autograd.grad(entering, lookups.found, [gradient.to(entering[0].dtype)], allow_unused=True)
+        known = [g.reshape(-1, g.shape[-1]) for g in found if g is not None]
+        return torch.cat(known) if known else None
+
     def shared_inputs(self, i: int) -> tuple[tuple[str, ...], ...]:
         """Layers of block `i` grouped by the tensor they read, for instance (q, k, v), (o,), (gate, up), (down,).
 
@@ -355,6 +386,18 @@ class BlockRunner:
                 _compare(expected, self.after_head(raw))
         finally:
             self.products = own
+
+    def _runs_mixed(self) -> bool:
+        """Whether the model's code bears products that come in another dtype than their operands (DBRX's adds them to
+        a tensor of the operands' in place, which torch refuses)."""
+        hidden, context = self.embed(_probe_ids(self.layout.embedding))
+        try:
+            for i in range(len(self.layout.blocks)):
+                hidden = self.run_block(i, hidden, context)
+            self.logits(self.final(hidden))
+        except RuntimeError:
+            return False
+        return True
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitween.layers.experts import ExpertStack
+from bitween.layers.fused_experts import FusedStack
 from bitween.model.blocks import BlockRunner
 from bitween.realise.context import RunContext
 
@@ -64,7 +65,7 @@ def _watched(model: nn.Module, told: Callable[[str, torch.Tensor], None]) -> Ite
 
         return hook
 
-    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in _homes(model).items()]
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in _told(model)]
     try:
         yield
     finally:
@@ -79,6 +80,15 @@ def _homes(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if any(isinstance(child, ExpertStack) for child in module._modules.values())
     }
+
+
+def _told(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name of the module that holds experts, the module that is told which to use): itself, or the one around it,
+    which takes the matrices out and hands them to a holder that only multiplies."""
+    for name, module in _homes(model).items():
+        around = name.rpartition(".")[0]
+        taken_out = any(isinstance(child, FusedStack) for child in module._modules.values())
+        yield name, model.get_submodule(around) if taken_out and around else module
 
 
 def _is_choice(value: Any) -> bool:

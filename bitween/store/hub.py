@@ -8,7 +8,7 @@ bitween, wherever that format holds every layer; bitween's own format otherwise.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bitween import __version__, decode
 from bitween.layers import QuantizedEmbedding, QuantizedLinear
 from bitween.layers.kinds import empty_like
 from bitween.layers.packed import Packed
-from bitween.model.experts import stacks_of_plan, transposed_stacks, unfold
+from bitween.model.experts import stack_fields, stacks_of_plan, unfold
 from bitween.model.ties import untie
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors, names, vocabulary
@@ -32,6 +32,7 @@ from bitween.store.checkpoint import SCHEMA_VERSION, CheckpointError, read_heade
 __all__ = ["METHOD", "Attached", "BitweenConfig", "BitweenQuantizer", "attach", "check_stored", "plan_of", "swap"]
 
 METHOD = "bitween"
+STACK_FIELDS = {"transposed_experts": list, "fused_experts": dict}  # absent from a file without such experts
 
 
 class BitweenConfig(QuantizationConfigMixin):
@@ -42,7 +43,8 @@ class BitweenConfig(QuantizationConfigMixin):
     plan : {layer name: Scheme or its text, as "4b g64 sym"}
     schema_version : int, of the format; a newer one than this bitween knows is refused
     bitween_version : str, of the writer
-    transposed_experts : names of 3-D parameters, now stacks of experts, whose slices were (inputs, outputs)
+    transposed_experts : names of parameters, now stacks of experts, whose matrices were (inputs, outputs)
+    fused_experts : {name of a 2-D parameter, now a stack of experts, that held them one below the other: how many}
     """
 
     def __init__(
@@ -52,9 +54,13 @@ class BitweenConfig(QuantizationConfigMixin):
         bitween_version: str = __version__,
         quant_method: str = METHOD,
         transposed_experts: Any = (),
+        fused_experts: Any = None,
     ) -> None:
         if not isinstance(transposed_experts, (list, tuple)) or not all(isinstance(n, str) for n in transposed_experts):
             raise CheckpointError(f"transposed_experts: expected a list of names; got {transposed_experts!r}")
+        fused = {} if fused_experts is None else fused_experts
+        if not isinstance(fused, dict) or not all(type(count) is int and count > 0 for count in fused.values()):
+            raise CheckpointError(f"fused_experts: expected names and positive numbers; got {fused_experts!r}")
         if type(schema_version) is not int or schema_version < 1:
             raise CheckpointError(f"schema_version: expected a positive integer; got {schema_version!r}")
         if schema_version > SCHEMA_VERSION:
@@ -70,11 +76,18 @@ class BitweenConfig(QuantizationConfigMixin):
         self.plan = {name: str(scheme) for name, scheme in _parsed(plan).items()}
         if transposed_experts:  # absent otherwise, so that files without experts stay as every version reads them
             self.transposed_experts = list(transposed_experts)
+        if fused:
+            self.fused_experts = dict(fused)
 
     @property
     def schemes(self) -> dict[str, Scheme]:
         """The plan with Schemes."""
         return _parsed(self.plan)
+
+    @property
+    def stacks(self) -> dict[str, Any]:
+        """How experts are held, for `swap`."""
+        return {name: getattr(self, name, kind()) for name, kind in STACK_FIELDS.items()}
 
 
 def _parsed(plan: Any) -> dict[str, Scheme]:
@@ -100,7 +113,7 @@ class BitweenQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
-        swap(model, config.schemes, getattr(config, "transposed_experts", ()))
+        swap(model, config.schemes, **config.stacks)
         _keep_own_names(model)
         if kwargs.get("checkpoint_files"):
             self._check_files(model, kwargs["checkpoint_files"])
@@ -217,7 +230,7 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
         raise ValueError("format: compressed-tensors cannot hold " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     untie(model)
     if reasons or format == "native":
-        config = BitweenConfig(found, transposed_experts=transposed_stacks(model))
+        config = BitweenConfig(found, **stack_fields(model))
         model.hf_quantizer = BitweenQuantizer(config)
         model.config.quantization_config = config
         return Attached("native", reasons)
@@ -226,18 +239,27 @@ def attach(model: nn.Module, plan: dict[str, Scheme] | None = None, *, format: s
     return Attached("compressed-tensors", {})
 
 
-def swap(model: nn.Module, plan: dict[str, Scheme], transposed_experts: Iterable[str] = ()) -> None:
+def swap(
+    model: nn.Module,
+    plan: dict[str, Scheme],
+    transposed_experts: Iterable[str] = (),
+    fused_experts: Mapping[str, int] | None = None,
+) -> None:
     """Replace the layers that the plan names by empty quantized ones, on the device of their weights (often meta).
 
-    A 3-D parameter of which the plan names experts becomes a stack of layers first; `transposed_experts` names those
-    that hold (experts, inputs, outputs).
+    A parameter of which the plan names experts becomes a stack of layers first; `transposed_experts` names those whose
+    matrices are (inputs, outputs), `fused_experts` those that hold them one below the other, and how many.
 
     Raises
     ------
     CheckpointError
         when a name is not that of a linear layer or an embedding.
     """
-    unfold(model, stacks_of_plan(model, plan, transposed_experts))
+    try:
+        stacks = stacks_of_plan(model, plan, transposed_experts, fused_experts or {})
+    except ValueError as error:
+        raise CheckpointError(f"fused_experts: {error}") from None
+    unfold(model, stacks)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)

@@ -15,7 +15,7 @@ from torch import nn
 
 from bitween.store import compressed_tensors, importing, names
 from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, read_json, sha256
-from bitween.store.hub import METHOD, BitweenConfig, check_stored, swap
+from bitween.store.hub import METHOD, STACK_FIELDS, BitweenConfig, check_stored, swap
 from bitween.store.plain import load_into
 
 __all__ = ["is_packed", "load_model"]
@@ -76,9 +76,9 @@ def _read(directory: Path) -> tuple[TensorFiles, Any, nn.Module, dict[str, torch
     model = _guarded(lambda: _skeleton(config), "config.json")
     _guarded(lambda: names.under_module_names(files, model), "config.json")
     plan, state = _plan(files, settings["quantization_config"], model)
-    transposed = settings["quantization_config"].get("transposed_experts", ())
-    _guarded(lambda: swap(model, plan, transposed), "config.json")
-    config.quantization_config = BitweenConfig(plan, transposed_experts=transposed).to_dict()
+    stacks = {name: settings["quantization_config"].get(name, kind()) for name, kind in STACK_FIELDS.items()}
+    _guarded(lambda: swap(model, plan, **stacks), "config.json")
+    config.quantization_config = BitweenConfig(plan, **stacks).to_dict()
     return files, config, model, state
 
 
@@ -171,7 +171,7 @@ def _plan(
             "plan",
             "schema_version",
             "bitween_version",
-            "transposed_experts",
+            *STACK_FIELDS,
         }
         if unknown and quantization.get("schema_version") == SCHEMA_VERSION:
             raise CheckpointError(f"quantization_config: unknown field {sorted(unknown)[0]!r}", "config.json")

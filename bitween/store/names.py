@@ -98,6 +98,7 @@ def convert(
     for name, pattern, tensor in sorted(parts, key=lambda part: _natural(part[0])):
         step.add_tensor(own, name, pattern, tensor)
     made = step.convert(own, model=model, config=model.config)
+    made = made[0] if isinstance(made, tuple) else made  # the first versions of transformers 5 add what went wrong
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 

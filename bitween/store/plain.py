@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from bitween import __version__
+from bitween.model.experts import stack_fields
 from bitween.store.checkpoint import MANIFEST, SCHEMA_VERSION, CheckpointError, TensorFiles, read_json, sha256
 from bitween.store.files import atomic_directory, check_space
-from bitween.store.hub import BitweenConfig, check_stored, plan_of, swap
+from bitween.store.hub import STACK_FIELDS, BitweenConfig, check_stored, plan_of, swap
 
 __all__ = ["load_into", "save_plain"]
 
@@ -56,6 +57,7 @@ def save_plain(model: nn.Module, directory: str | os.PathLike, report: dict | No
             "format": FORMAT,
             "class": type(model).__name__,
             "plan": {name: str(scheme) for name, scheme in plan.items()},
+            **{name: value for name, value in stack_fields(model).items() if value},
             "report": report or {},
             "sha256": {_TENSORS: sha256(folder / _TENSORS)},
         }
@@ -78,13 +80,15 @@ def load_into(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"format: expected {FORMAT!r}; got {manifest.get('format')!r}", directory / MANIFEST)
-    known = BitweenConfig(manifest.get("plan"), manifest.get("schema_version"), manifest.get("bitween_version", ""))
+    stacks = {name: manifest[name] for name in STACK_FIELDS if name in manifest}
+    version = manifest.get("bitween_version", "")
+    known = BitweenConfig(manifest.get("plan"), manifest.get("schema_version"), version, **stacks)
     sums = manifest.get("sha256")
     file = directory / _TENSORS
     if not isinstance(sums, dict) or not file.is_file() or sums.get(_TENSORS) != sha256(file):
         raise CheckpointError("differs from its checksum in " + MANIFEST, file)
     files = TensorFiles(directory)
-    swap(model, known.schemes)
+    swap(model, known.schemes, **known.stacks)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name in files.names:

@@ -1,7 +1,8 @@
 """`python -m tests.architectures [TYPE ...]`: run every check on every type, each in a process of its own.
 
-Writes one JSON file a type to build/architectures/. `--missing` leaves out the types that have one, so that a run can
-go on where it ended. The table docs/architectures.md is written when all types were asked for, and by `--table`.
+Writes one JSON file a type to build/architectures/, in a folder for the version of transformers. `--missing` leaves out
+the types that have one, so that a run can go on where it ended. The table docs/architectures.md is written when all
+types were asked for, and by `--table`; types without a result keep the row that it has for them.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ def main() -> int:
     if asked.table:
         write(_RESULTS, _TABLE)
         return 0
+    import transformers
+
     from tests.architectures.tiny import causal_types
 
-    types = asked.types or causal_types()
+    types, folder = asked.types or causal_types(), _RESULTS / transformers.__version__
     if asked.missing:
-        types = [name for name in types if not (_RESULTS / f"{name}.json").exists()]
-    _RESULTS.mkdir(parents=True, exist_ok=True)
+        types = [name for name in types if not (folder / f"{name}.json").exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, result in each_apart(types, asked.checks, asked.jobs):
-        (_RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        result |= {"date": time.strftime("%Y-%m-%d")}
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         bad = {k: v for k, v in result.items() if v.startswith(("WRONG", "ERROR"))}
         failed += bool(bad)
         built = not result["build"].startswith("none")
@@ -107,14 +111,15 @@ def run(model_type: str, checks: str = "") -> dict[str, str]:
     import transformers
 
     from tests.architectures.checks import CHECKS, Subject
-    from tests.architectures.tiny import tiny_causal
+    from tests.architectures.tiny import examples_of, tiny_causal
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results: dict[str, str] = {}
     try:
-        subject = Subject(tiny_causal(model_type))
+        model = tiny_causal(model_type)
+        subject = Subject(model, examples_of(model))
         results["build"] = type(subject.model).__name__
     except BaseException as error:
         return {"build": f"none {type(error).__name__}: {str(error)[:160]}"}

@@ -32,18 +32,31 @@ class Wrong(AssertionError):
 
 
 class Subject:
-    """One tiny model and what is made of it on the way through the checks."""
+    """One tiny model and what is made of it on the way through the checks.
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    Parameters
+    ----------
+    model : a causal language model
+    examples : inputs for each pass, for a model that text alone does not run
+    """
+
+    def __init__(self, model: nn.Module, examples: list[dict] | None = None):
+        self.model, self.examples = model, examples
         vocabulary = min(300, _tokens(model))
         self.ids = torch.randint(3, vocabulary, (_EXAMPLES, _LENGTH), generator=torch.Generator().manual_seed(1))
         self.before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.expected = logits(model, self.ids[:2])
+        self.expected = self.logits(model)
         if not torch.isfinite(self.expected).all():
             raise RuntimeError("the model itself gives logits that are not finite")
         self.spread = float(self.expected.std())
         self.packed: nn.Module | None = None
+
+    def logits(self, model: nn.Module) -> torch.Tensor:
+        """What a model of this type makes of two examples."""
+        if self.examples is None:
+            return logits(model, self.ids[:2])
+        with torch.no_grad():
+            return torch.cat([model(**example).logits.float() for example in self.examples[:2]])
 
     def untouched(self) -> None:
         for name, tensor in self.model.state_dict().items():
@@ -52,7 +65,12 @@ class Subject:
 
 
 def _tokens(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return min(len(table) for table in _matrices(model.get_input_embeddings()))
+
+
+def _matrices(end: nn.Module | None) -> list[torch.Tensor]:
+    """Weights of an embedding or a head, of which a model of several codebooks has lists."""
+    return [p for p in end.parameters() if p.ndim == 2] if end is not None else []
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -62,15 +80,17 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def quantized(subject: Subject, method: str) -> str:
     """The uniform quantizer: logits equal to a dequantized copy, 95 % of the matrix weights packed."""
-    packed = bitween.Bitween(subject.model, bits=4, group_size=32).quantize(method=method, calibration_data=subject.ids)
+    packed = bitween.Bitween(subject.model, bits=4, group_size=32).quantize(
+        method=method, calibration_data=subject.examples or subject.ids
+    )
     subject.untouched()
     bitween.set_matmul_mode(packed, "exact")
-    got = logits(packed, subject.ids[:2])
+    got = subject.logits(packed)
     if not torch.isfinite(got).all():
         raise Wrong("logits are not finite")
     subject.packed = packed
     plain, share, left = dequantized(subject.model, packed)
-    gap = float((got - logits(plain, subject.ids[:2])).abs().max()) / max(subject.spread, 1e-9)
+    gap = float((got - subject.logits(plain)).abs().max()) / max(subject.spread, 1e-9)
     if gap > SPREAD:
         raise Wrong(f"logits differ from the dequantized copy's by {gap:.1e} of their spread")
     if share < 0.95:
@@ -101,9 +121,8 @@ def dequantized(model: nn.Module, packed: nn.Module) -> tuple[nn.Module, float, 
                     path = f"{name}.{own}" if name else own
                     if not _in_stack(packed, path):
                         plain.get_parameter(path).copy_(tensor)
-    tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)} | {
-        id(plain.get_output_embeddings().weight)
-    }
+    tables = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for p in _matrices(plain.get_output_embeddings())}
     matrices = {
         id(p): (n, p)
         for n, p in plain.named_parameters()
@@ -130,6 +149,8 @@ def _at(model: nn.Module, parts: list[str]):
 
 def generates(subject: Subject) -> str:
     """With a cache each step's logits are those without, as exactly as the original's are."""
+    if subject.examples is not None:
+        return "none, the original generates for another model only"
     try:
         own = _cache_gap(subject.model, subject.ids[:1, :12]) / max(subject.spread, 1e-9)
     except Exception as error:  # random codes of a vocabulary with room to spare, a cache of another kind
@@ -155,14 +176,17 @@ def _cache_gap(model: nn.Module, prompt: torch.Tensor) -> float:
 
 def saved(subject: Subject) -> str:
     """Saved in both ways, then loaded by bitween and by transformers, with the same logits."""
-    want, kind = logits(subject.packed, subject.ids[:2]), type(subject.packed)
+    want, kind = subject.logits(subject.packed), type(subject.packed)
     gaps = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             subject.model.save_pretrained(Path(folder) / "original")
-            kind.from_pretrained(Path(folder) / "original")
+            own = kind.from_pretrained(Path(folder) / "original")
+            gap = float((subject.logits(own) - subject.expected).abs().max()) / max(subject.spread, 1e-9)
         except Exception as error:  # a configuration that transformers writes and does not read
             return f"none, the original raises {type(error).__name__}"
+        if not gap <= SPREAD:
+            return f"none, the original's own logits differ by {gap:.1e} of their spread"
         ways = {
             "save_model": lambda path: bitween.save_model(subject.packed, None, path),
             "save_pretrained": subject.packed.save_pretrained,
@@ -173,7 +197,7 @@ def saved(subject: Subject) -> str:
             for name, load in (("bitween", lambda p: bitween.load_model(p)[0]), ("transformers", kind.from_pretrained)):
                 loaded = load(path)
                 bitween.set_matmul_mode(loaded, "exact")
-                gaps.append(float((logits(loaded, subject.ids[:2]) - want).abs().max()) / max(subject.spread, 1e-9))
+                gaps.append(float((subject.logits(loaded) - want).abs().max()) / max(subject.spread, 1e-9))
                 if not gaps[-1] <= SPREAD:
                     raise Wrong(f"saved by {way}, loaded by {name}: logits differ by {gaps[-1]:.1e} of their spread")
     return f"gap {max(gaps):.0e}"
@@ -184,16 +208,16 @@ def gradual(subject: Subject) -> str:
     from bitween.gradual import GradualQuantizer
 
     ids = torch.randint(3, 300, (64, _LENGTH), generator=torch.Generator().manual_seed(2)) % _tokens(subject.model)
-    options = {"target_memory_reduction": 0.5, "calibration_data": ids, "calibration_samples": 12}
+    options = {"target_memory_reduction": 0.5, "calibration_data": subject.examples or ids, "calibration_samples": 12}
     options |= {"evaluation_samples": 24, "sequence_length": _LENGTH, "on_conflict": "memory"}
-    causal = find_layout(unfolded(shared_copy(subject.model)))[0] is not None
+    causal = subject.examples is None and find_layout(unfolded(shared_copy(subject.model)))[0] is not None
     if causal:
         quantizer = GradualQuantizer(subject.model, None, max_perplexity_increase=0.5, distillation_steps=2, **options)
     else:
         quantizer = GradualQuantizer(subject.model, None, max_damage=0.5, **options)
     model = quantizer.quantize()
     subject.untouched()
-    if not torch.isfinite(logits(model, subject.ids[:2])).all():
+    if not torch.isfinite(subject.logits(model)).all():
         raise Wrong("logits are not finite")
     before, after = all_bytes(subject.model), all_bytes(model)
     if after > 0.5 * before + 256:  # the numbers by which embeddings scale their rows come on top

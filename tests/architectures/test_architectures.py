@@ -17,6 +17,9 @@ KINDS = {
     "zamba": "a matrix a head, on the left of its product",
     "got_ocr2": "a tower of convolutions that text does not reach",
     "internlm3": "a config of its own for the class of another",
+    "dbrx": "experts one below the other in a matrix",
+    "gemma4_assistant": "inputs that another model computes, no text",
+    "musicgen": "lists of tables and heads, and the part of a type",
     "emu3": "a text model whose config no Auto class knows",
 }
 

@@ -15,6 +15,7 @@ from bitween.gradual.scores.fisher import _sample_rows, score_layers
 from bitween.gradual.scores.methods import METHODS
 from bitween.gradual.scores.probe import block_units, layer_units
 from bitween.realise.context import RunContext
+from tests.tiny_models import make, tokens
 
 OPTIONS = {"calibration_samples": 16, "selection_samples": 2, "evaluation_samples": 8, "length": 64}
 SEED_WEIGHTS = {"noise_injection": 0.15, "rtn_sensitivity": 0.40, "block_disable": 0.20, "layer_upgrade": 0.25}
@@ -121,3 +122,38 @@ def test_labels_are_drawn_from_the_models_distribution():
     frequencies = torch.bincount(labels, minlength=4) / len(labels)
     torch.testing.assert_close(frequencies, p[0], atol=0.015, rtol=0)
     assert frequencies[1] == 0
+
+
+class Scaled(torch.nn.Embedding):
+    """A table whose rows count sixteen times, as Gemma's do."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 16
+
+
+def test_a_scaled_table_is_as_dear_as_the_same_table_without_a_scale(tiny_model):
+    tiny_model.config.tie_word_embeddings = False
+    own = tiny_model.get_input_embeddings().weight.detach()
+    tiny_model.get_output_embeddings().weight = torch.nn.Parameter(own.clone())
+    predicted = []
+    for kind, factor in ((torch.nn.Embedding, 1), (Scaled, 16)):
+        table = kind(*own.shape)
+        table.weight = torch.nn.Parameter(own / factor)
+        tiny_model.set_input_embeddings(table)
+        options = {"calibration_data": torch.arange(3, 643).reshape(20, 32) % len(own), **OPTIONS, "length": 32}
+        context = RunContext.build(tiny_model, None, products="fp32", bounded=False, **options)
+        curvature = collect_curvature(context, gradient_windows=2, hessian_windows=2)
+        scores = score_layers(context.layout, curvature, [Scheme(4, 64)])
+        predicted.append(scores[context.layout.embedding.name].damage[0])
+    assert predicted[0] > 0
+    assert predicted[1] == pytest.approx(predicted[0], rel=1e-3)
+
+
+def test_a_table_narrower_than_the_blocks_is_scored():
+    model = make("electra", embedding_size=16, is_decoder=True)
+    options = {"calibration_data": tokens(20, 24), **OPTIONS, "length": 24}
+    context = RunContext.build(model, None, products="fp32", bounded=False, **options)
+    curvature = collect_curvature(context, gradient_windows=2, hessian_windows=2)
+    found = score_layers(context.layout, curvature, [Scheme(4, 16)])[context.layout.embedding.name]
+    assert curvature[context.layout.embedding.name].moment.shape == (16,)
+    assert found.damage[0] > 0

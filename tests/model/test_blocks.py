@@ -452,3 +452,16 @@ def test_nested_use_restores_the_model_once():
             assert not model.training
         assert not model.training
     assert_same(before, state_of(model))
+
+
+def test_products_in_bfloat16_are_left_where_the_models_own_code_refuses_them(monkeypatch):
+    monkeypatch.setattr("bitween.layers.tiles.cpu_has_bf16", lambda: True)
+    experts = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    attention = {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+    model = make("dbrx", ffn_config=experts, attn_config=attention, **sizes)
+    runner = BlockRunner(model, inspect(model))
+    assert runner.products == "fp32"  # it adds products in place to a tensor of their operands' dtype
+    torch.testing.assert_close(run(runner, tokens()), logits(model, tokens()))
+    model = make("llama")
+    assert BlockRunner(model, inspect(model)).products == "bf16"

@@ -20,12 +20,13 @@ FAMILIES = {
 
 def _context(model):
     options = {"calibration_data": tokens(12, 16), "length": 16, "calibration_samples": 4, "bounded": False}
+    options["products"] = "fp32"  # as the models' own router logits are computed
     return RunContext.build(model, None, evaluation_samples=2, selection_samples=2, **options)
 
 
 def _candidate(model):
     model = unfolded(model)
-    return BlockRunner(model, inspect(model))
+    return BlockRunner(model, inspect(model), products="fp32")
 
 
 def _chosen(model, chosen=2):
@@ -46,6 +47,31 @@ def test_shares_are_those_of_the_models_own_router_logits(family):
     assert list(found) == [f"model.layers.{i}.mlp.experts" for i in range(3)]
     assert list(found.values()) == pytest.approx(expected.tolist())
     assert 0 < max(found.values()) < 1
+
+
+def test_who_is_told_may_be_the_module_around_the_one_that_holds_the_experts():
+    experts = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 6, "moe_top_k": 2}
+    attention = {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+    model = make("dbrx", ffn_config=experts, attn_config=attention, **sizes)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.transformer.blocks[0].norm_attn_norm.attn.out_proj.weight.mul_(1.5)
+    before, after = _routed(copy.deepcopy(model)), _routed(copy.deepcopy(changed))
+    found = routing_changes(_context(model), _candidate(changed), WINDOWS)
+    assert list(found) == [f"transformer.blocks.{i}.ffn.experts.mlp" for i in range(3)]
+    assert list(found.values()) == pytest.approx((before != after).any(-1).double().mean(-1).tolist())
+    assert 0 < max(found.values()) < 1
+
+
+def _routed(model):
+    """(blocks, tokens, chosen) sorted numbers of the experts to which DBRX's routers give the largest logits."""
+    seen = []
+    for block in model.transformer.blocks:
+        block.ffn.router.register_forward_hook(lambda _m, _x, out: seen.append(out.topk(2, -1).indices))
+    with torch.no_grad():
+        model(WINDOWS)
+    return torch.stack(seen).sort(-1).values
 
 
 def test_nothing_changes_in_the_model_itself_and_nothing_is_told_without_experts():

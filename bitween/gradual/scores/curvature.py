@@ -237,10 +237,15 @@ def _embedding_gradient(context, ids, gradient, found) -> None:
     """An embedding is a layer whose input is one-hot: rows are chosen by frequency, columns are outputs.
 
     Here `moment` and `conditional` hold the outputs' curvature and `rows` the frequency of each token, so that
-    1/2 sum_v rows_v sum_c moment_c dE_vc^2 reads like any other layer's damage.
+    1/2 sum_v rows_v sum_c moment_c dE_vc^2 reads like any other layer's damage. Between table and first block a model
+    may scale, normalise, project or repeat; where that can't be followed, the columns share alike what is known.
     """
-    curvature = found[context.layout.embedding.name]
-    squares = gradient.detach().float().pow(2).sum((0, 1), dtype=torch.float64).numpy()
+    curvature, columns = found[context.layout.embedding.name], context.layout.embedding.shape[1]
+    at_table = context.runner.table_gradient(ids, gradient)
+    gradient = (gradient if at_table is None else at_table).detach().float().flatten(0, -2)
+    squares = gradient.pow(2).sum(0, dtype=torch.float64).numpy()
+    if len(squares) != columns:
+        squares = np.full(columns, squares.sum() / columns)
     curvature.moment = squares if curvature.moment is None else curvature.moment + squares
     curvature.tokens += ids.numel()
     counts = torch.bincount(ids.reshape(-1), minlength=len(curvature.rows)).double().numpy()
