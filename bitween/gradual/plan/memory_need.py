@@ -19,7 +19,7 @@ _PROBED = 128  # positions that a trial of importance is scored at: every fourth
 _PROBED_COPIES = 5  # the untouched model's logits, the candidate's, and what their losses take
 _COMPARED = 64 * 24  # bytes a word: logits of 64 tokens in float64, before and after a change of basis, and on the way
 _ALLOCATOR = 1.05  # bytes held for each byte in use
-_LIBRARIES = 40 << 20  # that are imported on the way, and what is small
+_LIBRARIES = 64 << 20  # that are imported on the way, what is small, and holes of the heap between two moments of rest
 _EDITING = 32 << 20  # rows of a weight in float64 while it is turned into another basis
 
 
