@@ -1,12 +1,16 @@
 """Largest resident size of a gradual run, stage by stage, each run in a process of its own.
 
     python benchmarks/memory.py MODEL_DIR                     # this tree
+    python benchmarks/memory.py MODEL_DIR --directory         # opened by GradualQuantizer, as the command line does
+    python benchmarks/memory.py MODEL_DIR --directory --until open --set 'dtype="bfloat16"'
     python benchmarks/memory.py MODEL_DIR --trees A B         # other checkouts, built in place, one after the other
     python benchmarks/memory.py --random 16x2048x5632x49152 MODEL_DIR   # first make a Llama of random weights there
 
 The kernel keeps a high-water mark of resident memory and can be asked to begin anew (/proc/self/clear_refs), so the
-mark of each stage is exact, not sampled. The digest is over every tensor of the model that comes out: two trees that
-show the same one give the same bytes. Linux only.
+mark of each stage is exact, not sampled. Pages of files count in it: those of libraries, of the model's own files, and
+of the files where numbers wait (`bitween.model.spill`); the system can take these back at any moment, from a limited
+process too. What it can't, memory of the process's own, is sampled beside it every few milliseconds. The digest is over
+every tensor of the model that comes out: two trees that show the same one give the same bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,58 +44,69 @@ def main() -> None:
     parser.add_argument("--random", help="LAYERSxWIDTHxINNERxVOCABULARY of a Llama to make in MODEL_DIR first")
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parent.parent / "tests" / "tiny" / "model")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of GradualQuantizer")
+    parser.add_argument("--directory", action="store_true", help="pass MODEL_DIR itself to GradualQuantizer")
+    parser.add_argument("--until", metavar="STAGE", help='end after this stage: "open", "basis", "importance", ...')
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     options = RUN | {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in arguments.set)}
     if arguments.child:
-        print(json.dumps(measure(arguments.model, options)))
+        print(json.dumps(measure(arguments.model, options, arguments.directory, arguments.until)))
         return
     if arguments.random:
         make_llama(arguments.model, arguments.tokenizer, *map(int, arguments.random.split("x")))
     from common import machine, show
 
-    found = {str(tree): run(tree, arguments.model, arguments.set) for tree in arguments.trees}
+    passed = [
+        *(["--directory"] if arguments.directory else []),
+        *(["--until", arguments.until] if arguments.until else []),
+    ]
+    passed += ["--set", *arguments.set] if arguments.set else []
+    found = {str(tree): run(tree, arguments.model, passed) for tree in arguments.trees}
     stages = dict.fromkeys(stage for result in found.values() for stage in result["peak"])
     rows = []
     for stage in stages:
         row: dict[str, object] = {"stage": stage}
         for tree, result in found.items():
             row[f"{tree} MiB"] = round(result["peak"].get(stage, 0) / 2**20)
+            row[f"{tree} own MiB"] = round(result["own"].get(stage, 0) / 2**20)
             row[f"{tree} s"] = round(result["seconds"].get(stage, 0.0), 1)
         rows.append(row)
     print(show(rows))
     for tree, result in found.items():
-        print(f"{tree}: peak {max(result['peak'].values()) / 2**20:,.0f} MiB")
-        print(f"    predicted {result['predicted'] / 2**20:,.0f} MiB")
+        peak, predicted = max(result["peak"].values()), result["predicted"]
+        print(f"{tree}: peak {peak / 2**20:,.0f} MiB")
+        away = "" if arguments.until else f", {predicted / peak - 1:+.1%}"
+        print(f"    predicted for the whole run {predicted / 2**20:,.0f} MiB{away}")
         print(f"    {result['outcome']}")
         print(f"    digest {result['digest']}")
     print(machine())
 
 
-def run(tree: Path, model: Path, options: list[str]) -> dict:
+def run(tree: Path, model: Path, arguments: list[str]) -> dict:
     """One measured run with the package of a tree."""
-    command = [sys.executable, __file__, str(model), "--child", *(["--set", *options] if options else [])]
+    command = [sys.executable, __file__, str(model), "--child", *arguments]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree.resolve())}, stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(f"{tree}: the run ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(directory: Path, options: dict) -> dict:
-    """Quantize in this process; {"peak": {stage: bytes}, "seconds": {stage: s}, "digest", "outcome", "predicted"}."""
+class Enough(Exception):
+    """The last stage that was asked for is done."""
+
+
+def measure(place: Path, options: dict, directory: bool, until: str | None) -> dict:
+    """Quantize in this process; {"peak", "own": {stage: bytes}, "seconds": {stage: s}, "digest", "outcome",
+    "predicted"}."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bitween.gradual import GradualQuantizer
 
     marks = Marks("imports")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    marks.begin("load")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    marks.begin("inspect")
 
     class Marked(GradualQuantizer):
-        """Tells where its timed stages begin and end."""
+        """Tells where its stages begin and end."""
 
         def _timed(self, name, work):
             marks.begin(name)
@@ -98,25 +114,47 @@ def measure(directory: Path, options: dict) -> dict:
                 return super()._timed(name, work)
             finally:
                 marks.begin("between")
+                if name == until:
+                    raise Enough
 
-    quantizer = Marked(model, tokenizer, **options)
+        def _prepare(self):
+            return Marked._timed(self, "basis", super()._prepare)
+
+    if directory:
+        marks.begin("open")
+        quantizer = Marked(place, None, **options)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        marks.begin("load")
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=options.pop("dtype", torch.bfloat16))
+        marks.begin("open")
+        quantizer = Marked(model, tokenizer, **options)
     marks.begin("between")
-    quantized = quantizer.quantize()
-    marks.begin("done")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(quantized.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    outcome, digest = f"ended after {until}", None
+    try:
+        if until != "open":
+            quantized = quantizer.quantize()
+            marks.begin("done")
+            digest = digest_of(quantized)
+            report = quantizer.get_quantization_report()
+            seconds = json.dumps({k: round(v, 1) for k, v in report.seconds.items()})
+            outcome = f"{str(report).splitlines()[0]} | {seconds}"
+    except Enough:
+        pass
     marks.begin("end")
-    report = quantizer.get_quantization_report()
-    return {
-        "peak": marks.peak,
-        "seconds": marks.seconds,
-        "digest": digest.hexdigest()[:16],
-        "predicted": quantizer.memory_need.total,
-        "outcome": str(report).splitlines()[0]
-        + " | "
-        + json.dumps({k: round(v, 1) for k, v in report.seconds.items()}),
-    }
+    predicted = quantizer.memory_need.total
+    figures = {"peak": marks.peak, "own": marks.own, "seconds": marks.seconds}
+    return {**figures, "digest": digest, "predicted": predicted, "outcome": outcome}
+
+
+def digest_of(model) -> str:
+    """Over names and bytes of every tensor that a model stores."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Marks:
@@ -124,8 +162,10 @@ class Marks:
 
     def __init__(self, stage: str):
         self.peak: dict[str, int] = {}
+        self.own: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self._stage, self._since = stage, time.monotonic()
+        threading.Thread(target=self._sample, daemon=True).start()
 
     def begin(self, stage: str) -> None:
         """Close the stage at hand."""
@@ -137,6 +177,16 @@ class Marks:
         print(f"{self._stage:16s} {peak / 2**20:8,.0f} MiB {now - self._since:7.1f} s", file=sys.stderr, flush=True)
         self._stage, self._since = stage, now
         Path("/proc/self/clear_refs").write_text("5")
+
+    def _sample(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            while True:
+                file.seek(0)
+                resident, of_files = map(int, file.read().split()[1:3])
+                stage = self._stage
+                self.own[stage] = max(self.own.get(stage, 0), (resident - of_files) * page)
+                time.sleep(0.005)
 
 
 def make_llama(

@@ -29,6 +29,8 @@ from bitween.text.control_tokens import control_tokens
 
 __all__ = ["Evaluation", "GradualEvaluator", "Measurement"]
 
+_CHUNK = 1 << 20  # numbers of two heads that are compared at once
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -277,7 +279,11 @@ def _weight_change(reference: blocks.Layer, candidate: blocks.Layer) -> torch.Te
     weight = candidate.module.dequantize(torch.float32) if candidate.quantized else candidate.weight
     if weight.data_ptr() == reference.weight.data_ptr():
         return None
-    delta = (weight.float() - reference.weight.float()).to(torch.bfloat16)
+    delta = torch.empty_like(weight, dtype=torch.bfloat16)
+    step = max(1, _CHUNK // weight.shape[1])
+    for first in range(0, len(weight), step):  # never is the whole difference there in float32
+        rows = slice(first, first + step)
+        delta[rows] = weight[rows].float() - reference.weight[rows].float()
     return delta if delta.any() else None
 
 

@@ -369,6 +369,7 @@ class GradualQuantizer:
         return {name: getattr(self, name) for name in (*names, "journal", "resume", "ignore_layers", "schemes")}
 
     def _need(self) -> MemoryNeed:
+        self._spill.let_go()  # opening and checking read the model
         return need_within(
             self.layout,
             copied=self.sizes.dtype != torch.float32 or self.transforms != "none",

@@ -26,7 +26,7 @@ from bitween.quantized_tensor import QuantizedTensor
 
 __all__ = ["Spill", "end_rest"]
 
-LEAST_BYTES = 1 << 20  # of a tensor that is worth a file
+LEAST_BYTES = 1 << 17  # of a tensor that is worth a file: small models have hundreds of matrices below a MiB
 
 # Tensors of up to 32 MiB come from a heap that keeps its holes: weights in another basis, made one by one, held a
 # gigabyte so. Giving them back takes a millisecond or two, which nobody notices at this pace.

@@ -90,7 +90,8 @@ def distill(
             undo.callback(module.__dict__.pop, "weight")
             module.__dict__["weight"] = gains[name]
         for k in range(steps):
-            losses.append(_backward(runner, windows[k % len(windows)], *reference(k % len(windows))))
+            window = windows[k % len(windows)], *reference(k % len(windows))
+            losses.append(_backward(runner, *window, [*rows.values(), *gains.values()]))
             for group in optimizer.param_groups:
                 group["lr"] = _pace(losses[0]) * min(1, (k + 1) / _WARM_UP) * (1 - k / steps)
             optimizer.step()
@@ -122,8 +123,10 @@ def _times(factors: torch.Tensor) -> Callable:
     return lambda _module, _inputs, output: output * factors.to(output.dtype)
 
 
-def _backward(runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logits_of: Callable) -> float:
-    """Gradients of the window's mean KL, added up; returns it.
+def _backward(
+    runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logits_of: Callable, learned: list[torch.Tensor]
+) -> float:
+    """Gradients of the window's mean KL with regard to what is learned, added up; returns the mean.
 
     The head goes through in parts, then block after block from the last, each run again from what entered it: one
     block's graph exists at a time.
@@ -141,12 +144,12 @@ def _backward(runner: BlockRunner, ids: torch.Tensor, target: torch.Tensor, logi
         with torch.enable_grad():
             found = runner.logits(leaf[0, part], grad=True).float().log_softmax(-1)
             loss = torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True) / len(ids)
-        loss.backward()
+        loss.backward(inputs=[leaf, *learned])
         total += loss.item()
-    final.backward(leaf.grad)
+    final.backward(leaf.grad, inputs=[last, *learned])
     gradient = last.grad
     for i in reversed(range(len(states))):
         entering = states.pop().detach().requires_grad_()
-        runner.run_block(i, entering, context, grad=True).backward(gradient)
+        runner.run_block(i, entering, context, grad=True).backward(gradient, inputs=[entering, *learned])
         gradient = entering.grad
     return total

@@ -186,7 +186,7 @@ class Realiser:
         for k, state in enumerate(states):
             reference = None if exact is None else self.runner.final(exact[k]).float()
             total.add(self.runner.final(state).float(), reference=reference)
-        self._quantize(layout.head, scheme, total)
+        self._quantize(layout.head, scheme, total.settle())
 
     def _method_of(self, scheme: Scheme) -> str:
         return method_below_8_bits(scheme, self.method)

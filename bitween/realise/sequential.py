@@ -334,6 +334,8 @@ class SequentialQuantizer:
                     weights = None if self.token_weights is None else self.token_weights(layer.name, k)
                     moments = found.setdefault(layer.name, Hessian(x.shape[-1], cross=reference is not None))
                     moments.add(x, weights=weights, reference=reference)
+        for moments in found.values():
+            moments.settle()
         self.progress("hessian", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
         return found
 

@@ -265,7 +265,7 @@ class WholeRealiser:
         for i, y in exact.items():
             x = self._some(rows_read(layer, inputs[i]))
             total.add(x, reference=self._some(rows_read(layer, y)) if cross else None)
-        return total
+        return total.settle()
 
     @staticmethod
     def _some(rows: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Hessian:
         self._sum = np.zeros((n, n), np.float32)
         self._cross = np.zeros((n, n), np.float32) if cross else None
         self.tokens = 0
+        self._settled = False
 
     def add(self, x: Any, *, weights: Any = None, reference: Any = None) -> None:
         """Add tokens.
@@ -44,7 +45,11 @@ class Hessian:
         TypeError, ValueError
             naming the argument, what was expected and what came. After an error about values that are not finite
             the sums are lost.
+        RuntimeError
+            After `settle`.
         """
+        if self._settled:
+            raise RuntimeError("add: expected a Hessian that still gathers; got one that was settled")
         if (reference is None) != (self._cross is None):
             raise ValueError("reference: expected a tensor exactly when cross moments are gathered")
         follow_torch()
@@ -54,6 +59,19 @@ class Hessian:
         if reference is not None:
             _core.hessian_add(x, self._cross, as_input(reference).reshape(-1, reference.shape[-1]), weights)
         self.tokens += x.shape[0]
+
+    def settle(self) -> Hessian:
+        """No token comes any more: sums become means where they lie, and `matrix` and `cross` return these arrays.
+
+        A layer of n inputs is rounded beside several (n, n) matrices; this saves two of them. Returns itself.
+        """
+        if not self._settled:
+            _core.mirror_upper(self._sum)
+            for total in (self._sum, self._cross):
+                if total is not None:
+                    total /= np.float32(max(1, self.tokens))
+            self._settled = True
+        return self
 
     @property
     def has_cross(self) -> bool:
@@ -67,6 +85,8 @@ class Hessian:
 
     def matrix(self) -> np.ndarray:
         """The mean over tokens, float32 (n, n), both halves."""
+        if self._settled:
+            return self._sum
         _core.mirror_upper(self._sum)
         return self._sum / np.float32(max(1, self.tokens))
 
@@ -74,4 +94,4 @@ class Hessian:
         """Mean of w_t x_t y_tT over tokens, float32 (n, n)."""
         if self._cross is None:
             raise ValueError("cross: expected a Hessian made with cross=True")
-        return self._cross / np.float32(max(1, self.tokens))
+        return self._cross if self._settled else self._cross / np.float32(max(1, self.tokens))

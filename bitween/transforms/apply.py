@@ -279,14 +279,7 @@ def _put_in_place(
     model: nn.Module, layout: ModelLayout, plan: TransformPlan, edits: _Edits, untied: bool, keep: Callable
 ) -> _Originals:
     """Compute every new tensor, then exchange them; what was there before is returned."""
-    new = []
-    for edit in edits.by_name.values():
-        layer, weight = edit.layer, edit.weight()
-        low, high = torch.aminmax(weight)
-        if not torch.isfinite(low + high):
-            raise ValueError(f"{layer.name}: expected finite weights after the transforms; got values beyond the dtype")
-        stored = weight.T.contiguous() if layer.kind == "conv1d" else weight
-        new.append((layer, keep(stored), edit.bias() if edit.rows else None))
+    new = [(edit.layer, _edited(edit, keep), edit.bias() if edit.rows else None) for edit in edits.by_name.values()]
     originals = _Originals(model)
     try:
         if untied:
@@ -301,6 +294,23 @@ def _put_in_place(
         originals.restore()
         raise
     return originals
+
+
+def _edited(edit: _Edit, keep: Callable) -> torch.Tensor:
+    """The edited weight as the module stores it; a function of its own, so that one is let go before the next is made.
+
+    Raises
+    ------
+    ValueError
+        It is beyond the dtype.
+    """
+    weight = edit.weight()
+    low, high = torch.aminmax(weight)
+    if not torch.isfinite(low + high):
+        raise ValueError(
+            f"{edit.layer.name}: expected finite weights after the transforms; got values beyond the dtype"
+        )
+    return keep(weight.T.contiguous() if edit.layer.kind == "conv1d" else weight)
 
 
 def _check_ids(layout: ModelLayout, seed: int) -> torch.Tensor:

@@ -68,6 +68,24 @@ def test_same_bytes_for_any_number_of_threads_and_instruction_set():
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_settled_one_holds_the_same_means_where_the_sums_were(cross):
+    x, y = inputs(70, 50), inputs(70, 50, seed=1)
+    one, other = Hessian(50, cross=cross), Hessian(50, cross=cross)
+    for h in (one, other):
+        h.add(x, reference=y if cross else None)
+    assert other.settle() is other.settle()
+    assert np.array_equal(one.matrix(), other.matrix())
+    assert other.matrix() is other.matrix()
+    assert one.matrix() is not one.matrix()
+    if cross:
+        assert np.array_equal(one.cross(), other.cross())
+        assert other.cross() is other.cross()
+    with pytest.raises(RuntimeError, match="settled"):
+        other.add(x, reference=y if cross else None)
+    assert not Hessian(3).settle().matrix().any()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_sums_must_be_finite(bad):
     x = inputs(20, 40)

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 import bitween
 from bitween import Scheme
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
-from bitween.gradual.scores.curvature import _sample, collect_curvature, conditional_variances
+from bitween.gradual.scores.curvature import _sample, block_variances, collect_curvature, conditional_variances
 from bitween.gradual.scores.fisher import _sample_rows, score_layers
 from bitween.gradual.scores.methods import METHODS
 from bitween.gradual.scores.probe import block_units, layer_units
@@ -69,6 +69,41 @@ def test_thresholds_share_the_budget(analyzer):
     combined = analyzer.analyze_block_importance().combined
     assert sum(thresholds.values()) == pytest.approx(np.log(1.05))
     assert max(thresholds, key=thresholds.get) == min(combined, key=combined.get)
+
+
+def test_curvature_leaves_no_gradients_behind(analyzer, tiny_model):
+    """Those of a head are as large as the head, and somebody may be training the model."""
+    own = {name: torch.randn(p.shape) for name, p in tiny_model.named_parameters() if p.requires_grad}
+    assert own
+    for name, gradient in own.items():
+        tiny_model.get_parameter(name).grad = gradient.clone()
+    collect_curvature(analyzer.context, gradient_windows=1, hessian_windows=1)
+    assert all(torch.equal(tiny_model.get_parameter(name).grad, gradient) for name, gradient in own.items())
+
+
+@pytest.mark.parametrize("n", [1, 15, 100, 577])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_variances_are_those_of_a_cholesky_factor(n, dtype):
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((2 * n, n)) @ rng.standard_normal((n, n))
+    h = (x.T @ x / n).astype(dtype)
+    given = h.copy()
+    exact = h.astype(np.float64)
+    exact = (exact + exact.T) / 2
+    exact += 0.01 * np.trace(exact) / n * np.eye(n)
+    factor = np.linalg.cholesky(exact[::-1, ::-1])[::-1, ::-1]
+    np.testing.assert_allclose(conditional_variances(h), np.diagonal(factor) ** 2, rtol=1e-12)
+    parts = sorted(np.split(np.arange(n), range(16, n, 16)), key=lambda k: -h[k, k].mean())
+    order, ends = np.concatenate(parts), np.cumsum([len(k) for k in parts])
+    factor = np.linalg.cholesky(exact[np.ix_(order, order)][::-1, ::-1])[::-1, ::-1]
+    expected = [(factor[b - len(k) : b, b - len(k) : b] ** 2).sum(1) for k, b in zip(parts, ends, strict=True)]
+    np.testing.assert_allclose(block_variances(h)[order], np.concatenate(expected), rtol=1e-12)
+    assert np.array_equal(h, given)
+
+
+def test_a_matrix_without_a_factor_is_an_error():
+    with pytest.raises(np.linalg.LinAlgError, match="positive definite"):
+        conditional_variances(np.diag([1.0, -1.0, 1.0, -1.0]))
 
 
 def test_conditional_variances_are_gptqs_own():

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bitween.model.causal import is_causal
 from bitween.model.precision import in_float32
+from tests import tiny_models
 
 IDS = torch.arange(8)[None]
 
@@ -58,3 +60,23 @@ def test_a_block_that_fails_leaves_the_weights_as_they_were(model):
         model(IDS)
     assert _addresses(model) == before
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.model.layers)
+
+
+def test_ends_are_in_float32_one_by_one_where_the_model_bears_it():
+    """Opening a large model would else hold both of its largest weights so at once."""
+    model = tiny_models.make("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
+    parts, ends = list(model.model.layers), [model.model.embed_tokens, model.lm_head]
+    seen = []
+    model.lm_head.register_forward_hook(lambda *_: seen.append([end.weight.dtype for end in ends]))
+    assert is_causal(model, tiny_models.VOCABULARY, parts, ends)
+    assert seen == [[torch.bfloat16, torch.float32]] * 2
+
+    def look(_module, _inputs, out):  # at the head's dtype, before the head runs
+        out.last_hidden_state = out.last_hidden_state.to(model.lm_head.weight.dtype)
+        return out
+
+    model.model.register_forward_hook(look)
+    seen.clear()
+    assert is_causal(model, tiny_models.VOCABULARY, parts, ends)
+    assert seen[-1] == [torch.float32, torch.float32]
+    assert all(end.weight.dtype == torch.bfloat16 for end in ends)

@@ -38,6 +38,7 @@ def test_distillation_lowers_the_damage_and_restores(optimizer):
     layers = [layer for block in optimizer.context.layout.blocks for layer in block.layers]
     before = optimizer.realise({layer.name: Scheme(2, 32) for layer in layers})
     after = optimizer.distill(before, 40)
+    assert all(p.grad is None for p in optimizer.candidate.model.parameters())
     assert after.measurement.damage < 0.985 * before.measurement.damage
     assert after.nbytes == before.nbytes
     assert all(np.array_equal(after.stored[name].codes, before.stored[name].codes) for name in before.stored)

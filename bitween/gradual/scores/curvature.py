@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 
 import bitween
 from bitween._progress import Progress, no_progress
@@ -28,6 +29,7 @@ from bitween.scheme import TILE
 __all__ = ["LayerCurvature", "block_variances", "collect_curvature", "conditional_variances"]
 
 DAMPING = 0.01  # of the mean diagonal, added to H before it is factored
+_ROWS = 256  # of a matrix that are worked on at once
 
 
 @dataclass
@@ -75,20 +77,44 @@ def block_variances(hessian: np.ndarray, damping: float = DAMPING, block: int = 
     first = np.argsort(-np.array(active), kind="stable") * block
     blocks = [np.arange(k, min(n, k + block)) for k in first]
     order = np.concatenate(blocks)
-    factor = _upper_factor(np.asarray(hessian)[np.ix_(order, order)], damping)
+    factor = _upper_factor(hessian, damping, order)
     found, at = np.empty(n), 0
     for columns in blocks:
         inside = slice(at, at := at + len(columns))
-        found[columns] = (factor[inside, inside] ** 2).sum(1)
+        found[columns] = (np.ascontiguousarray(factor[inside, inside]) ** 2).sum(1)
     return found
 
 
-def _upper_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
-    """U, upper triangular, with U U^T = the damped matrix."""
-    h = np.asarray(hessian, np.float64)
-    h = (h + h.T) / 2
-    h[np.diag_indices_from(h)] += damping * max(np.trace(h) / len(h), 1e-30)
-    return np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+def _upper_factor(hessian: np.ndarray, damping: float, order: np.ndarray | None = None) -> np.ndarray:
+    """U, upper triangular, with U U^T = the damped matrix, its rows and columns in this order.
+
+    One float64 matrix is all that is held beside the one given; `np.linalg.cholesky` alone would take three.
+
+    Raises
+    ------
+    np.linalg.LinAlgError
+        The damped matrix is not positive definite.
+    """
+    hessian = np.asarray(hessian)
+    backwards = np.arange(len(hessian))[::-1] if order is None else order[::-1]
+    work = np.empty(hessian.shape)
+    for k, row in enumerate(backwards):
+        work[k] = hessian[row, backwards]
+    _symmetrise(work)
+    forwards = work[::-1, ::-1]
+    work[np.diag_indices_from(work)] += damping * max(np.trace(forwards) / len(work), 1e-30)
+    _, failed = lapack.dpotrf(work.T, lower=1, overwrite_a=1, clean=1)  # columns of the transpose lie in rows
+    if failed:
+        raise np.linalg.LinAlgError("Matrix is not positive definite")
+    return work.T[::-1, ::-1]
+
+
+def _symmetrise(matrix: np.ndarray) -> None:
+    """(matrix + matrix^T) / 2 in place, some rows at a time."""
+    for first in range(0, len(matrix), _ROWS):
+        rows, rest = slice(first, first + _ROWS), slice(first, None)
+        mean = (matrix[rows, rest] + matrix[rest, rows].T) / 2
+        matrix[rows, rest], matrix[rest, rows] = mean, mean.T
 
 
 def collect_curvature(
@@ -145,12 +171,14 @@ def _one_window(context, ids, found, generator, elementwise) -> None:
     runner = context.runner
     with runner:
         hidden, call = runner.embed(ids)
-        states = [hidden]
+        states = []  # that enter each block
         for i in range(len(context.layout.blocks)):
-            states.append(runner.run_block(i, states[-1], call))
-        gradient = _head_gradient(context, states[-1], found, generator, elementwise)
+            states.append(context.spill.keep(hidden))
+            hidden = runner.run_block(i, states[-1], call)
+        gradient = _head_gradient(context, hidden, found, generator, elementwise)
+        context.spill.let_go()  # the head
         for i in reversed(range(len(context.layout.blocks))):
-            gradient = _block_gradient(context, i, states[i], call, gradient, found, elementwise)
+            gradient = _block_gradient(context, i, states.pop(), call, gradient, found, elementwise)
     _embedding_gradient(context, ids, gradient, found)
 
 
@@ -167,7 +195,7 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
             logits = runner.logits(leaf[0, part], grad=True).float()
             p = logits.detach().softmax(-1)
             loss = torch.nn.functional.cross_entropy(logits, _sample(p, places[part]), reduction="sum")
-            loss.backward()
+            loss.backward(inputs=[leaf])  # without `inputs` the weights too would get gradients, as large as they are
             # The head's own Fisher needs no sample: E over labels of (softmax - onehot)^2 is p (1 - p).
             energy += (p * (1 - p)).sum(0, dtype=torch.float64).numpy()
     curvature.rows += energy
@@ -176,7 +204,7 @@ def _head_gradient(context, hidden, found, generator, elementwise) -> torch.Tens
         _add_elementwise(
             curvature, head, torch.outer(torch.from_numpy(energy).float(), final.detach()[0].pow(2).mean(0))
         )
-    final.backward(leaf.grad)
+    final.backward(leaf.grad, inputs=[hidden])
     return hidden.grad
 
 
@@ -274,8 +302,8 @@ def _collect_moments(context, ids, found, blocked, progress) -> None:
                 states[k] = keep(left)
                 for names, x in inputs.items():
                     moments.setdefault(names, bitween.Hessian(x.shape[-1])).add(x)
-            for names, hessian in moments.items():
-                _keep_moment(found, names, hessian, blocked)
+            for names in tuple(moments):
+                _keep_moment(found, names, moments.pop(names), blocked)
             progress("input covariances", i + 1, len(layout.blocks) + 1, layout.blocks[i].name)
         last = bitween.Hessian(layout.head.shape[1])
         for hidden in states:
@@ -285,10 +313,10 @@ def _collect_moments(context, ids, found, blocked, progress) -> None:
 
 
 def _keep_moment(found, names, hessian, blocked) -> None:
-    matrix = np.asarray(hessian.matrix(), np.float64)
+    matrix = hessian.settle().matrix()
     conditional = conditional_variances(matrix)
     by_block = block_variances(matrix) if blocked else None
     for name in names:
-        found[name].moment = np.diagonal(matrix).copy()
+        found[name].moment = np.diagonal(matrix).astype(np.float64)
         found[name].conditional, found[name].blocked = conditional, by_block
         found[name].tokens = hessian.tokens

@@ -19,7 +19,7 @@ from bitween.model import blocks
 from bitween.realise.context import RunContext
 from bitween.scheme import Scheme
 
-__all__ = ["Probe", "Unit", "block_units", "layer_units"]
+__all__ = ["Probe", "Unit", "block_units", "layer_units", "rounded_weight"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Probe:
         with self.runner:
             hidden, self.call = self.runner.embed(ids)
             for i in range(len(context.layout.blocks)):
-                self.states.append(hidden)
-                hidden = self.runner.run_block(i, hidden, self.call)
+                self.states.append(context.spill.keep(hidden))
+                hidden = self.runner.run_block(i, self.states[-1], self.call)
             self.states.append(hidden)
             self.final = self._scored(hidden)
             self.base = context.reference_logits(self.final)

@@ -197,7 +197,7 @@ def _moments(context: WholeContext, found: dict, examples: list[Example], progre
             for example in examples:
                 context.run(context.model, example)
         for leader, names in batch.items():
-            _keep(found, names, totals[leader])
+            _keep(found, names, totals.pop(leader))
         progress("input covariances", done + 1, len(batches), next(iter(batch)))
 
 
@@ -217,9 +217,9 @@ def _batches(groups: dict[str, list[str]], uses: Mapping[str, Any]) -> Iterator[
 def _keep(found: dict, names: list[str], hessian: bitween.Hessian) -> None:
     if not hessian.tokens:
         return
-    matrix = np.asarray(hessian.matrix(), np.float64)
+    matrix = hessian.settle().matrix()
     conditional = conditional_variances(matrix)
     for name in names:
-        found[name].moment = np.diagonal(matrix).copy()
+        found[name].moment = np.diagonal(matrix).astype(np.float64)
         found[name].conditional = conditional
         found[name].tokens = hessian.tokens

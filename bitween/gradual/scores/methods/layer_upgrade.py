@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bitween.gradual.scores.methods import importance_method
+from bitween.gradual.scores.probe import rounded_weight
 from bitween.scheme import Scheme
 
 BASE, UPGRADE = Scheme(4, 64), Scheme(8, 64)
@@ -16,7 +17,8 @@ def layer_upgrade(probe, units):
     interactions: (alone + last) / 2.
     """
     modules = {layer.module: layer for unit in units for layer in unit.layers}
-    base = probe.rounded(list(modules.values()), BASE)
+    keep = probe.context.spill.keep  # of a whole model, as rounded, one block is in use at a time
+    base = {module: keep(rounded_weight(layer, BASE)) for module, layer in modules.items()}
     originals = {module: module.weight.data for module in modules}
     runner, states = probe.runner, [probe.states[0]]
     try:
@@ -24,7 +26,7 @@ def layer_upgrade(probe, units):
             module.weight.data = weight
         with runner:
             for i in range(len(probe.context.layout.blocks)):
-                states.append(runner.run_block(i, states[-1], probe.call))
+                states.append(keep(runner.run_block(i, states[-1], probe.call)))
         whole = probe.divergence(states[-1])
 
         def saved(unit):
