@@ -96,8 +96,8 @@ class Bitween:
         transforms : "auto" first rotates and scales a causal language model's weights into a basis that is easier to
             quantize, where its architecture allows one (`bitween.transforms`; a tied head may get a weight of its own,
             and all that stays in full precision is in that basis); "none" leaves the basis alone. By default "auto" for
-            methods with error feedback, which lose about a third less in it, trellis codes on outliers two thirds,
-            unless they are `turned`; "none" for rounding and clipping, to which it does harm
+            method="trellis", whose one scale a row can't follow outliers, unless `turned` does that; "none" otherwise.
+            The other methods with error feedback gain from it too, rounding and clipping do not
 
         Raises
         ------
@@ -123,9 +123,7 @@ class Bitween:
 
         base = _copy(self.model)  # in its memory: the user's own modules may run elsewhere meanwhile
         dtype = self.layout.embedding.module.weight.dtype
-        if transforms is None:
-            transforms = "none" if turned or METHODS[method].needs < Needs.HESSIAN else "auto"
-        if transforms == "auto":
+        if transforms == "auto" or (transforms is None and method == "trellis" and not turned):
             self._transform(base)
         self.layout = blocks.inspect(base)
         wanted = self._wanted(patterns)
