@@ -99,7 +99,17 @@ static bw_status check_tokens(const bw_decoder *m, const bw_step *step) {
     return BW_OK;
 }
 
-/* Experts that a step names: as many as its tokens choose, all of which exist. */
+/* Whether a token's experts exist, each only once: there is room for every expert to work on every token, not more. */
+static int are_experts(const int64_t *chosen, ptrdiff_t n, ptrdiff_t experts) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        if (chosen[i] < 0 || chosen[i] >= experts) return 0;
+        for (ptrdiff_t j = 0; j < i; j++)
+            if (chosen[j] == chosen[i]) return 0;
+    }
+    return 1;
+}
+
+/* Experts that a step names: as many as its tokens choose. */
 static bw_status check_given(const bw_decoder *m, const bw_step *step) {
     const int64_t *given = step->experts;
     ptrdiff_t left = step->n_experts;
@@ -108,8 +118,8 @@ static bw_status check_given(const bw_decoder *m, const bw_step *step) {
         const bw_routing *r = &m->blocks[i].mixture.routing;
         ptrdiff_t n = r->n ? step->batch * step->n_new * r->chosen : 0;
         if (n > left) return BW_ERR_SHAPE;
-        for (left -= n; n > 0; n--, given++)
-            if (*given < 0 || *given >= r->n) return BW_ERR_INDEX;
+        for (left -= n; n > 0; n -= r->chosen, given += r->chosen)
+            if (!are_experts(given, r->chosen, r->n)) return BW_ERR_INDEX;
     }
     return left ? BW_ERR_SHAPE : BW_OK;
 }

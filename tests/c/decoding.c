@@ -6,18 +6,21 @@
 #include "made.h"
 #include "memory.h"
 
-enum { MOST_BLOCKS = 3, MOST_TABLES = 2, MOST_ROOMS = 2, LAYERS = 5, Q = 0, KV, O, GATE, DOWN };
+enum { MOST_BLOCKS = 3, MOST_TABLES = 2, MOST_ROOMS = 2, EXPERTS = 3 };
+enum { Q = 0, KV, O, GATE, DOWN, PAIRS, ROUTER, SHARE, LAYERS };
 
 typedef struct {
     bw_decoder decoder;
     bw_decoder_block blocks[MOST_BLOCKS];
     bw_linear layers[LAYERS];
+    bw_mlp experts[EXPERTS];
+    ptrdiff_t inner;
     bw_step step;
     bw_rope ropes[MOST_TABLES];
     bw_room rooms[MOST_ROOMS];
     size_t room_bytes[MOST_ROOMS];
     char *before[MOST_ROOMS]; /* the rooms' bytes before the call */
-    int64_t *padding;
+    int64_t *padding, *chosen;
 } made_step;
 
 static bw_linear draw_linear(tape *t, ptrdiff_t rows, ptrdiff_t cols) {
@@ -49,20 +52,31 @@ static bw_norm draw_norm(tape *t, const bw_matrix *gain) {
 static void draw_blocks(tape *t, made_step *m) {
     bw_decoder *d = &m->decoder;
     ptrdiff_t q = d->heads * d->dim, kv = d->kv_heads * d->dim;
-    const ptrdiff_t shapes[LAYERS][2] = {
-        {q, d->hidden}, {kv, d->hidden}, {d->hidden, q}, {d->inner, d->hidden}, {d->hidden, d->inner}};
+    ptrdiff_t inner = m->inner, chosen = 1 + (ptrdiff_t)draw(t, EXPERTS);
+    const ptrdiff_t shapes[LAYERS][2] = {{q, d->hidden},       {kv, d->hidden},    {d->hidden, q},
+                                         {inner, d->hidden},   {d->hidden, inner}, {2 * inner, d->hidden},
+                                         {EXPERTS, d->hidden}, {1, d->hidden}};
     for (int i = 0; i < LAYERS; i++) m->layers[i] = draw_linear(t, shapes[i][0], shapes[i][1]);
     bw_matrix gain = draw_view(t, 1, d->hidden), of_q = draw_view(t, 1, d->norm_by_head ? d->dim : q),
-              of_k = draw_view(t, 1, d->norm_by_head ? d->dim : kv);
+              of_k = draw_view(t, 1, d->norm_by_head ? d->dim : kv), sinks = draw_view(t, 1, d->heads);
+    const bw_mlp mlp = {{draw(t, 4) ? &m->layers[GATE] : NULL, 0, inner},
+                        {&m->layers[GATE], 0, inner},
+                        {&m->layers[DOWN], 0, d->hidden}};
+    int pairs = (int)draw(t, 2);
+    for (int e = 0; e < EXPERTS; e++) {
+        m->experts[e] = mlp;
+        if (pairs) m->experts[e].gate = (bw_part){0}, m->experts[e].up = (bw_part){&m->layers[PAIRS], 0, 2 * inner};
+    }
+    bw_routing routing = {EXPERTS, chosen, (int)draw(t, 2), (int)draw(t, 2), (bw_dtype)draw(t, 3)};
+    bw_mixture mixture = {
+        routing, {&m->layers[ROUTER], 0, EXPERTS}, {draw(t, 2) ? &m->layers[SHARE] : NULL, 0, 1}, m->experts, pairs};
     for (ptrdiff_t i = 0; i < d->n_blocks; i++) {
         bw_decoder_block *b = &m->blocks[i];
         *b = (bw_decoder_block){.q = {&m->layers[Q], 0, q},
                                 .k = {&m->layers[KV], 0, kv},
                                 .v = {&m->layers[KV], 0, kv},
                                 .o = {&m->layers[O], 0, d->hidden},
-                                .gate = {draw(t, 4) ? &m->layers[GATE] : NULL, 0, d->inner},
-                                .up = {&m->layers[GATE], 0, d->inner},
-                                .down = {&m->layers[DOWN], 0, d->hidden},
+                                .mlp = mlp,
                                 .before_attention = draw_norm(t, &gain),
                                 .q_norm = draw_norm(t, &of_q),
                                 .k_norm = draw_norm(t, &of_k),
@@ -73,6 +87,9 @@ static void draw_blocks(tape *t, made_step *m) {
                                 .rope = (int)draw(t, MOST_TABLES + 1) - 1,
                                 .room = (int)draw(t, MOST_ROOMS),
                                 .place = (ptrdiff_t)draw(t, MOST_BLOCKS)};
+        if (draw(t, 2)) b->mixture = mixture;
+        if (draw(t, 3) == 0) b->sinks = sinks;
+        if (b->mixture.routing.n && draw(t, 2)) b->mlp = (bw_mlp){0};
     }
     d->blocks = m->blocks;
     d->final = draw_norm(t, &gain);
@@ -109,6 +126,15 @@ static void draw_step(tape *t, made_step *m) {
     }
     if (draw(t, 2)) s->padding = m->padding = take((size_t)s->batch * 8);
     for (ptrdiff_t i = 0; m->padding && i < s->batch; i++) m->padding[i] = (int64_t)draw(t, 70) - 3;
+    ptrdiff_t mixtures = 0, chosen = 0;
+    for (ptrdiff_t i = 0; i < d->n_blocks; i++)
+        if (m->blocks[i].mixture.routing.n) mixtures++, chosen = m->blocks[i].mixture.routing.chosen;
+    if (mixtures && draw(t, 2)) {
+        s->n_experts = mixtures * tokens * chosen;
+        s->experts = m->chosen = take((size_t)s->n_experts * 8);
+        /* of a token mostly different ones */
+        for (ptrdiff_t i = 0; i < s->n_experts; i++) m->chosen[i] = (i % chosen + (int64_t)draw(t, 40) / 39) % EXPERTS;
+    }
     s->ropes = m->ropes, s->n_ropes = MOST_TABLES;
     s->rooms = m->rooms, s->n_rooms = MOST_ROOMS;
 }
@@ -123,15 +149,25 @@ static void spoil(tape *t, made_step *m) {
     bw_linear *l = &m->layers[draw(t, LAYERS)];
     bw_room *room = &m->rooms[draw(t, MOST_ROOMS)];
     bw_rope *rope = &m->ropes[draw(t, MOST_TABLES)];
-    bw_part *parts[] = {&b->q, &b->k, &b->v, &b->o, &b->gate, &b->up, &b->down}, *part = parts[draw(t, 7)];
-    ptrdiff_t *sizes[] = {&d->hidden,      &d->inner,        &d->heads,       &d->kv_heads,   &d->dim,
-                          &b->window,      &b->place,        &part->first,    &part->rows,    &l->rows,
-                          &l->cols,        &room->places,    &room->capacity, &room->start,   &room->end,
-                          &room->seen,     &rope->n,         &m->step.batch,  &m->step.n_new, &l->packed.rows,
-                          &l->packed.cols, &l->trellis.rows, &l->trellis.cols};
+    bw_part *parts[] = {&b->q,
+                        &b->k,
+                        &b->v,
+                        &b->o,
+                        &b->mlp.gate,
+                        &b->mlp.up,
+                        &b->mlp.down,
+                        &b->mixture.router,
+                        &b->mixture.shared_gate},
+            *part = parts[draw(t, 9)];
+    bw_routing *routing = &b->mixture.routing;
+    ptrdiff_t *sizes[] = {&d->hidden,      &routing->n,      &d->heads,        &d->kv_heads,     &d->dim,
+                          &b->window,      &b->place,        &part->first,     &part->rows,      &l->rows,
+                          &l->cols,        &room->places,    &room->capacity,  &room->start,     &room->end,
+                          &room->seen,     &rope->n,         &m->step.batch,   &m->step.n_new,   &l->packed.rows,
+                          &l->packed.cols, &l->trellis.rows, &l->trellis.cols, &routing->chosen, &m->step.n_experts};
     enum { SIZES = sizeof sizes / sizeof *sizes };
     int *numbers[] = {&b->rope, &b->room};
-    unsigned which = draw(t, SIZES + 16);
+    unsigned which = draw(t, SIZES + 19);
     if (which < SIZES) *sizes[which] = to;
     else switch (which - SIZES) {
         case 0: d->n_blocks = to > 0 ? 0 : to; break;
@@ -139,7 +175,7 @@ static void spoil(tape *t, made_step *m) {
         case 2: m->step.n_ropes = draw(t, 2) ? -1 : BW_MOST_ROPES + 1; break;
         case 3: m->step.n_rooms = -(int)draw(t, 2); break;
         case 4: d->dtype = (bw_dtype)(3 + draw(t, 2)); break;
-        case 5: d->activation = (bw_activation)(5 + draw(t, 9)); break;
+        case 5: d->activation = (bw_activation)(6 + draw(t, 9)); break;
         case 6: b->q_norm = (bw_norm){1, (bw_gain)(4 + draw(t, 3)), 0, b->q_norm.gain}; break;
         case 7: l->mode = (bw_mode)(3 + draw(t, 3)); break;
         case 8: l->kind = (bw_linear_kind)draw(t, 5); break;
@@ -149,6 +185,11 @@ static void spoil(tape *t, made_step *m) {
         case 12: rope->sine = NULL; break;
         case 13: part->linear = NULL; break;
         case 14: d->blocks = NULL; break;
+        case 15: b->mixture.experts = NULL; break;
+        case 16: routing->dtype = (bw_dtype)(3 + draw(t, 2)); break;
+        case 17:
+            if (m->chosen) m->chosen[0] = draw(t, 2) ? -1 : EXPERTS;
+            break;
         default:
             if (m->padding) m->padding[0] = draw(t, 2) ? INT64_MIN : INT64_MAX;
             break;
@@ -180,15 +221,17 @@ int call_decode(tape *t, int unused) {
     t = &own;
     made_step m = {.decoder = {.n_blocks = 1 + (ptrdiff_t)draw(t, MOST_BLOCKS),
                                .hidden = 1 + (ptrdiff_t)draw(t, 140),
-                               .inner = 1 + (ptrdiff_t)draw(t, 140),
                                .dim = 2 + 2 * (ptrdiff_t)draw(t, 12),
                                .kv_heads = 1 + (ptrdiff_t)draw(t, 3),
                                .norm_by_head = (int)draw(t, 2),
                                .attention_scale = 0.3f,
                                .attention_cap = draw(t, 2) ? 0 : 5,
                                .residual_scale = draw(t, 2) ? 1 : 0.5f,
-                               .activation = (bw_activation)draw(t, 5),
+                               .activation = (bw_activation)draw(t, 6),
+                               .alpha = 1.5f,
+                               .limit = 4,
                                .dtype = (bw_dtype)draw(t, 3)}};
+    m.inner = 1 + (ptrdiff_t)draw(t, 140);
     m.decoder.heads = m.decoder.kv_heads * (1 + (ptrdiff_t)draw(t, 4));
     draw_blocks(t, &m);
     draw_step(t, &m);
