@@ -95,6 +95,7 @@ def quantize_trellis(
 ) -> tuple[
     tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]], NDArray[np.float64], float, int
 ]: ...  # codes, scales, rates
+def trellis_rates(importance: _Tensor, bits: float, turned: bool = False) -> NDArray[np.uint8]: ...
 def dequantize_trellis(
     codes: _Tensor,
     scales: _Tensor,

@@ -264,6 +264,10 @@ typedef struct {
  * scale beyond fp16. */
 bw_status bw_trellis_quantize(const bw_matrix *weight, const float *hessian, const float *importance,
                               const bw_trellis_options *options, const bw_trellis *out, bw_gptq_report *report);
+/* Bits of each of n column tiles by what an error costs there (>= 0), at twice a mean rate: one rate for all, or the
+ * higher one for the half that costs most; then single bits move to where they save most, but for turned tiles, which
+ * EXL3 gives one rate. BW_ERR_ARGUMENT, BW_ERR_IMPORTANCE. */
+bw_status bw_trellis_rates(const double *needs, ptrdiff_t n, int32_t half_bits, int32_t turned, uint8_t *rates);
 /* Bytes of 16 rows at twice a mean rate; 0 when it is none. */
 ptrdiff_t bw_trellis_row_bytes(ptrdiff_t cols, int32_t half_bits);
 

@@ -6,7 +6,6 @@
  * it errors are weighed by the diagonal of S, since a path can't look ahead at its own errors. */
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "alloc.h"
@@ -27,7 +26,6 @@ enum { SIDE = BW_TRELLIS_SIDE, ROWS = 32 /* at a time: two rows of tiles, for sm
  * round to nothing, and its weights be those that the path passes by. Where one channel is a thousand times as active
  * as its neighbours, that lost more than all other columns of the matrix together. */
 #define LEAST_SHARE 0.125f
-#define LEAST_GAIN 1.1 /* of what a bit saves in one tile, to what it costs in another, for it to move */
 
 typedef struct {
     const bw_matrix *weight;
@@ -264,62 +262,23 @@ static void join_feedback(const trellis_job *job) {
     }
 }
 
-typedef struct {
-    double cost;
-    ptrdiff_t tile;
-} ranked;
-
-static int descending(const void *left, const void *right) {
-    const ranked *a = left, *b = right;
-    if (a->cost != b->cost) return a->cost < b->cost ? 1 : -1;
-    return a->tile < b->tile ? -1 : a->tile > b->tile;
-}
-
-/* Squared error that each rate leaves of Gaussian weights of variance 1 (docs/trellis.md), those of no bits at all. */
-static const double error_at[BW_TRELLIS_MOST_RATE + 1] = {1, 0.277, 0.0743, 0.0192, 0.0050, 0.00135};
-
-/* Moves single bits from tiles that miss them least to those that need them most, as long as that pays: the
- * distribution of bits over sources of unequal variance (Cover and Thomas, Elements of Information Theory, 10.3.3), in
- * whole bits. All tiles together keep their bytes. A channel that is a thousand times as active as the others, as every
- * larger language model has some, takes all the bits that a tile can have. */
-static void move_bits(const ranked *all, ptrdiff_t n, uint8_t *rates) {
-    for (ptrdiff_t moves = 0; moves < BW_TRELLIS_MOST_RATE * n; moves++) {
-        ptrdiff_t up = -1, down = -1;
-        double gain = 0, loss = INFINITY;
-        for (ptrdiff_t i = 0; i < n; i++) {
-            int rate = rates[all[i].tile];
-            double more = rate < BW_TRELLIS_MOST_RATE ? all[i].cost * (error_at[rate] - error_at[rate + 1]) : 0;
-            double less = rate > 1 ? all[i].cost * (error_at[rate - 1] - error_at[rate]) : INFINITY;
-            if (more > gain) gain = more, up = i;
-            if (less <= loss) loss = less, down = i;
-        }
-        if (up < 0 || down < 0 || up == down || !(gain > LEAST_GAIN * loss)) return;
-        rates[all[up].tile]++;
-        rates[all[down].tile]--;
-    }
-}
-
-/* One rate for all, or the higher one for the half of the tiles that cost most; then bits move. What EXL3 holds has one
- * rate. */
+/* Rates of the column tiles by what their errors cost, and where each tile begins. */
 static bw_status choose_rates(trellis_job *job) {
-    ptrdiff_t tiles = job->col_tiles;
-    int half = job->options->half_bits;
-    ranked *all = bw_alloc(tiles, sizeof *all);
-    if (!all) return BW_ERR_MEMORY;
-    for (ptrdiff_t t = 0; t < tiles; t++) all[t] = (ranked){0, t};
-    for (ptrdiff_t k = 0; k < job->n; k++) all[job->order[k] / SIDE].cost += (double)job->costs[k];
-    qsort(all, (size_t)tiles, sizeof *all, descending);
-    for (ptrdiff_t i = 0; i < tiles; i++)
-        job->out->rates[all[i].tile] = (uint8_t)(half / 2 + (half % 2 && i < (tiles + 1) / 2));
-    if (!job->options->turned) move_bits(all, tiles, job->out->rates);
-    bw_free(all);
-    job->least_rate = BW_TRELLIS_MOST_RATE;
-    for (ptrdiff_t t = 0; t < tiles; t++)
-        if (job->out->rates[t] < job->least_rate) job->least_rate = job->out->rates[t];
+    double *needs = bw_alloc(job->col_tiles, sizeof *needs);
+    if (!needs) return BW_ERR_MEMORY;
+    memset(needs, 0, (size_t)job->col_tiles * sizeof *needs);
+    for (ptrdiff_t k = 0; k < job->n; k++) needs[job->order[k] / SIDE] += (double)job->costs[k];
+    bw_status status =
+        bw_trellis_rates(needs, job->col_tiles, job->options->half_bits, job->options->turned, job->out->rates);
+    bw_free(needs);
+    if (status) return status;
     job->row_bytes = 0;
-    for (ptrdiff_t t = 0; t < tiles; t++) {
+    job->least_rate = BW_TRELLIS_MOST_RATE;
+    for (ptrdiff_t t = 0; t < job->col_tiles; t++) {
+        int rate = job->out->rates[t];
         job->starts[t] = job->row_bytes;
-        job->row_bytes += job->out->rates[t] * 2 * SIDE;
+        job->row_bytes += rate * 2 * SIDE;
+        job->least_rate = rate < job->least_rate ? rate : job->least_rate;
     }
     return BW_OK;
 }

@@ -1,4 +1,4 @@
-/* quantize_trellis, dequantize_trellis, matmul_trellis. */
+/* quantize_trellis, trellis_rates, dequantize_trellis, matmul_trellis. */
 #include "boundary.h"
 
 void bw_trellis_release(bw_trellis_views *t) {
@@ -37,6 +37,16 @@ static int expect_apart(const bw_view *out, const bw_trellis_views *t) {
            bw_view_expect_apart("out", out, "rates", &t->rates);
 }
 
+/* Twice the bits a weight, in whole halves. */
+static int half_bits_of(PyObject *object, int32_t *half_bits) {
+    double bits = 0;
+    if (bw_arg_float("bits", object, 1, 5, &bits)) return -1;
+    *half_bits = (int32_t)(2 * bits);
+    if ((double)*half_bits == 2 * bits) return 0;
+    PyErr_Format(PyExc_ValueError, "bits: expected a multiple of 0.5; got %R", object);
+    return -1;
+}
+
 const char bw_doc_quantize_trellis[] =
     "quantize_trellis(weight, hessian, bits, width=12, importance=None, damping=0.01, by_activation=True, refit=True, "
     "thorough=False, turned=False)"
@@ -52,21 +62,18 @@ PyObject *bw_py_quantize_trellis(PyObject *module, PyObject *const *args, Py_ssi
     PyObject *v[10], *codes = NULL, *scales = NULL, *rates = NULL, *errors = NULL, *result = NULL;
     bw_view weight = {0}, hessian = {0}, importance = {0};
     bw_matrix matrix;
-    double bits = 0, damping = 0.01;
+    double damping = 0.01;
     int64_t width = 12;
+    int32_t half_bits = 0;
     int by_activation = 1, refit = 1, thorough = 0, turned = 0;
     bw_status status;
-    if (bw_parse("quantize_trellis", names, args, n_args, keywords, v) || bw_arg_float("bits", v[2], 1, 5, &bits) ||
+    if (bw_parse("quantize_trellis", names, args, n_args, keywords, v) || half_bits_of(v[2], &half_bits) ||
         bw_arg_int("width", v[3], 10, 16, &width) || bw_arg_float("damping", v[5], 0, 1000, &damping) ||
         bw_arg_flag("by_activation", v[6], &by_activation) || bw_arg_flag("refit", v[7], &refit) ||
         bw_arg_flag("thorough", v[8], &thorough) || bw_arg_flag("turned", v[9], &turned) ||
         bw_view_float_matrix("weight", v[0], &weight, &matrix))
         goto done;
-    const bw_trellis_options options = {damping, (int32_t)(2 * bits), by_activation, refit, thorough, turned};
-    if ((double)options.half_bits != 2 * bits) {
-        PyErr_Format(PyExc_ValueError, "bits: expected a multiple of 0.5; got %R", v[2]);
-        goto done;
-    }
+    const bw_trellis_options options = {damping, half_bits, by_activation, refit, thorough, turned};
     const int64_t square[2] = {matrix.cols, matrix.cols};
     if ((v[1] != Py_None && bw_view_array("hessian", v[1], "float32", 2, square, 0, &hessian)) ||
         (v[4] && bw_view_array("importance", v[4], "float32", 1, square, 0, &importance)))
@@ -101,6 +108,39 @@ done:
     bw_view_release(&importance);
     bw_view_release(&hessian);
     bw_view_release(&weight);
+    return result;
+}
+
+const char bw_doc_trellis_rates[] = "trellis_rates(importance, bits, turned=False)\n--\n\nBits of each 16 columns, "
+                                    "uint8 (n,), as quantize_trellis shares "
+                                    "them out by what an error\n"
+                                    "costs in them: importance, float64 (n,), contiguous, at least 0.";
+
+PyObject *bw_py_trellis_rates(PyObject *module, PyObject *const *args, Py_ssize_t n_args, PyObject *keywords) {
+    (void)module;
+    static const char *const names[] = {"importance", "bits", "|", "turned", NULL};
+    PyObject *v[3], *rates = NULL, *result = NULL;
+    bw_view importance = {0};
+    int32_t half_bits = 0;
+    int turned = 0;
+    if (bw_parse("trellis_rates", names, args, n_args, keywords, v) || half_bits_of(v[1], &half_bits) ||
+        bw_arg_flag("turned", v[2], &turned) || bw_view_acquire("importance", v[0], BW_CONTIGUOUS, &importance) ||
+        bw_view_expect_dtype("importance", &importance, "float64") ||
+        bw_view_expect_ndim("importance", &importance, 1) ||
+        bw_expect_range("importance", (Py_ssize_t)importance.shape[0], 1, PY_SSIZE_T_MAX))
+        goto done;
+    npy_intp n = (npy_intp)importance.shape[0];
+    rates = PyArray_SimpleNew(1, &n, NPY_UINT8);
+    if (!rates) goto done;
+    uint8_t *out = PyArray_DATA((PyArrayObject *)rates);
+    bw_release_gil();
+    bw_status status = bw_trellis_rates((const double *)(const void *)importance.data, n, half_bits, turned, out);
+    bw_take_gil();
+    if (status) bw_raise("trellis_rates", "importance", status);
+    else result = Py_NewRef(rates);
+done:
+    Py_XDECREF(rates);
+    bw_view_release(&importance);
     return result;
 }
 

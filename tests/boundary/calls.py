@@ -124,6 +124,7 @@ CALLS: dict[str, Callable[[int, int], Arguments]] = {
         "outs": (floats(7, r),),
     },
     "quantize_trellis": lambda r, c: {"weight": floats(r, c), "hessian": moments(c), "bits": 2.0, "width": 10},
+    "trellis_rates": lambda r, c: {"importance": np.linspace(1, 40, c), "bits": 2.0},
     "dequantize_trellis": lambda r, c: {**tiles(r, c), "out": floats(r, c)},
     "matmul_trellis": lambda r, c: {"x": floats(7, c), **tiles(r, c), "bias": floats(r), "out": floats(7, r)},
     "decoder": decoder,

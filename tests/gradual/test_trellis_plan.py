@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import bitween
-from bitween import Scheme
+from bitween import Scheme, _core
 from bitween.gradual import GradualQuantizer, PrecisionOptimizer
 from bitween.gradual.scores.curvature import block_variances, collect_curvature
 from bitween.gradual.scores.fisher import candidate_schemes, score_layers, trellis_schemes
-from bitween.gradual.scores.trellis_error import error_table, tile_rates, trellis_errors
+from bitween.gradual.scores.trellis_error import error_table, trellis_errors
 from bitween.layers import packed_layers
 from bitween.realise.context import RunContext
 from bitween.report import plots
@@ -158,18 +158,44 @@ def test_a_flag_that_is_none(tiny_model, tiny_tokenizer):
         GradualQuantizer(tiny_model, tiny_tokenizer, trellis="yes")
 
 
+def tile_rates(needs, bits):
+    """The rule of csrc/core/trellis_rates.c in NumPy: bits move as long as one saves a tenth more than it costs."""
+    errors = np.array([1, 0.277, 0.0743, 0.0192, 0.0050, 0.00135, 0])
+    order = np.argsort(-needs, kind="stable")
+    cost, half = needs[order], int(2 * bits)
+    rates = half // 2 + (half % 2) * (np.arange(len(cost)) < (len(cost) + 1) // 2)
+    while True:
+        more = np.where(rates < 5, cost * (errors[rates] - errors[rates + 1]), 0)
+        less = np.where(rates > 1, cost * (errors[rates - 1] - errors[rates]), np.inf)
+        up, down = int(more.argmax()), len(cost) - 1 - int(less[::-1].argmin())
+        if up == down or not more[up] > 1.1 * less[down]:
+            found = np.empty_like(rates)
+            found[order] = rates
+            return found
+        rates[up] += 1
+        rates[down] -= 1
+
+
 @pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 4, 4.5, 5])
-def test_rates_of_tiles_are_those_of_the_core(bits):
+def test_bits_of_tiles_are_shared_out_alike_everywhere(bits):
     generator = np.random.default_rng(int(2 * bits))
     weight = generator.standard_normal((16, 600)).astype(np.float32)
     importance = (2.0 ** generator.uniform(-6, 6, 38).round()).astype(np.float32).repeat(16)[:600]
     scheme = Scheme.trellis(bits)
     stored = bitween.quantize(weight, scheme, method="trellis", importance=importance)
     needs = np.add.reduceat(importance.astype(np.float64), np.arange(0, 600, 16))
-    rates = tile_rates(needs, scheme)
+    rates = tile_rates(needs, bits)
     assert np.array_equal(np.asarray(stored.zeros), rates)
+    assert np.array_equal(_core.trellis_rates(needs, float(bits)), rates)
+    assert len({*_core.trellis_rates(needs, float(bits), True).tolist()}) == (1 if bits == int(bits) else 2)
     assert len(set(rates.tolist())) > (2 if 1 < bits < 5 else 0)
     columns, rows = importance.astype(np.float64), np.ones(16)
     predicted = float(trellis_errors(weight, [scheme], columns, rows)[0])
     real = float(((weight - stored.dequantize()).astype(np.float64) ** 2 @ columns).sum())
     assert 0.85 < predicted / real < 1.15
+
+
+def test_bits_are_not_shared_out_by_what_is_no_importance():
+    for wrong in ([1.0, -1.0], [1.0, np.nan], [np.inf], []):
+        with pytest.raises(ValueError, match="importance: expected "):
+            _core.trellis_rates(np.array(wrong), 3.0)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 import bitween
+from bitween import _core
 from bitween.scheme import TILE, Scheme
 
 __all__ = ["ErrorTable", "error_table", "trellis_errors"]
 
 _ROWS, _COLS, _SEED = 64, 1024, 20261129  # of the normal numbers: enough for a percent
 _EDGES = np.arange(0, 3.25, 0.25)  # of the distances from 0, in deviations of the row; the last bin is open
-_MOST_RATE, _LEAST_GAIN = 5, 1.1
-_ERROR_AT = np.array([1, 0.277, 0.0743, 0.0192, 0.0050, 0.00135, 0])  # of Gaussian weights, by bits
 _LARGEST = 510 / 128  # value of a state, in steps of the scale
 
 
@@ -76,35 +75,14 @@ def trellis_errors(weight: np.ndarray, schemes: Sequence[Scheme], columns: np.nd
     far = np.abs(weight) / np.where(deviation > 0, deviation, 1)
     costs = np.broadcast_to(columns, weight.shape) * (rows[:, None] * deviation**2)
     starts = np.arange(0, weight.shape[1], TILE)
-    needs = np.add.reduceat(np.atleast_2d(columns).sum(0), starts)
+    needs = np.add.reduceat(np.atleast_2d(columns).sum(0, dtype=np.float64), starts)
+
+    @cache
+    def by_tile(rate: int, width: int) -> np.ndarray:
+        return np.add.reduceat((costs * error_table(rate, width)(far)).sum(0), starts)
+
     found = []
     for scheme in schemes:
-        rates, errors = tile_rates(needs, scheme), np.zeros(len(starts))
-        for rate in set(rates.tolist()):
-            of_rate = np.add.reduceat((costs * error_table(rate, scheme.width)(far)).sum(0), starts)
-            errors = np.where(rates == rate, of_rate, errors)
-        found.append(float(errors.sum()))
+        rates = _core.trellis_rates(needs, float(scheme.bits), scheme.turned)
+        found.append(sum(float(by_tile(rate, scheme.width)[rates == rate].sum()) for rate in set(rates.tolist())))
     return np.array(found)
-
-
-def tile_rates(needs: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """Bits of each column tile, int (tiles,), as `move_bits` of csrc/core/trellis_quantize.c shares them out.
-
-    Parameters
-    ----------
-    needs : float (tiles,), what an error costs in each
-    """
-    order = np.argsort(-needs, kind="stable")
-    cost, half = needs[order], int(2 * scheme.bits)
-    rates = half // 2 + (half % 2) * (np.arange(len(cost)) < (len(cost) + 1) // 2)
-    for _ in range(0 if scheme.turned else _MOST_RATE * len(cost)):
-        more = np.where(rates < _MOST_RATE, cost * (_ERROR_AT[rates] - _ERROR_AT[rates + 1]), 0)
-        less = np.where(rates > 1, cost * (_ERROR_AT[rates - 1] - _ERROR_AT[rates]), np.inf)
-        up, down = int(more.argmax()), len(cost) - 1 - int(less[::-1].argmin())
-        if up == down or not more[up] > _LEAST_GAIN * less[down]:
-            break
-        rates[up] += 1
-        rates[down] -= 1
-    found = np.empty_like(rates)
-    found[order] = rates
-    return found
