@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -33,29 +35,14 @@ def export(
     show({"format": format, "output": str(output), **done}, as_json)
 
 
-def _to_compressed_tensors(model, tokenizer, output: Path, **_) -> dict:
-    from bitween.export.compressed_tensors import export_compressed_tensors
-    from bitween.layers.experts import ExpertStack
-    from bitween.store.saving import save_model
+def _to_directory(module: str, function: str) -> Callable[..., dict]:
+    """A format whose exporter writes a directory; its module is imported when it is asked for."""
 
-    if any(isinstance(module, ExpertStack) for module in model.modules()):
-        export_compressed_tensors(model, tokenizer, output)
+    def write(model, tokenizer, output: Path, **_) -> dict:
+        getattr(import_module(f"bitween.export.{module}"), function)(model, tokenizer, output)
         return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
-    return {"bytes": save_model(model, tokenizer, output, format="compressed-tensors").nbytes}
 
-
-def _to_auto_round(model, tokenizer, output: Path, **_) -> dict:
-    from bitween.export.auto_round import export_auto_round
-
-    export_auto_round(model, tokenizer, output)
-    return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
-
-
-def _to_exl3(model, tokenizer, output: Path, **_) -> dict:
-    from bitween.export.exl3 import export_exl3
-
-    export_exl3(model, tokenizer, output)
-    return {"bytes": sum(p.stat().st_size for p in output.rglob("*") if p.is_file())}
+    return write
 
 
 def _to_gguf(model, tokenizer, output: Path, exact: bool, template: Path | None, samples: int) -> dict:
@@ -72,8 +59,8 @@ def _to_gguf(model, tokenizer, output: Path, exact: bool, template: Path | None,
 
 
 _FORMATS = {
-    "compressed-tensors": _to_compressed_tensors,
-    "auto-round": _to_auto_round,
-    "exl3": _to_exl3,
+    "compressed-tensors": _to_directory("compressed_tensors", "export_compressed_tensors"),
+    "auto-round": _to_directory("auto_round", "export_auto_round"),
+    "exl3": _to_directory("exl3", "export_exl3"),
     "gguf": _to_gguf,
 }

@@ -17,6 +17,10 @@ from bitween.store.files import atomic_directory
 __all__ = ["write_checkpoint"]
 
 
+def _whole(name: str, stored: QuantizedTensor) -> list[tuple[str, QuantizedTensor]]:
+    return [(name, stored)]
+
+
 def write_checkpoint(
     model: nn.Module,
     tokenizer: Any,
@@ -28,9 +32,7 @@ def write_checkpoint(
     config: Callable[[nn.Module], dict[str, Any]],
     tensors: Callable[[QuantizedTensor], dict[str, torch.Tensor]],
     max_shard_size: str | int,
-    pieces: Callable[[str, QuantizedTensor], Iterable[tuple[str, QuantizedTensor]]] = lambda name, stored: [
-        (name, stored)
-    ],
+    pieces: Callable[[str, QuantizedTensor], Iterable[tuple[str, QuantizedTensor]]] = _whole,
 ) -> None:
     """Write a directory whole or not at all.
 
@@ -43,7 +45,7 @@ def write_checkpoint(
     refused : {layer: why the format cannot hold it}
     config : gives the `quantization_config` of the model
     tensors : gives what stands in the files for a matrix's codes, scales and zeros
-    pieces : gives (name, matrix) of all that a layer is written as; None: itself
+    pieces : gives (name, matrix) of all that a layer is written as; default itself
 
     Raises
     ------
@@ -59,7 +61,7 @@ def write_checkpoint(
     for name, module in packed_layers(model):
         for part in ("codes", "scales", "zeros"):
             state.pop(f"{name}.{part}", None)
-        for own, matrix in pieces(name, module.quantized) if pieces else [(name, module.quantized)]:
+        for own, matrix in pieces(name, module.quantized):
             state |= {f"{own}.{part}": value for part, value in tensors(matrix).items()}
     # a view of the model with another config: no module is copied, and the model's own saving is not touched
     plain = copy.copy(model)

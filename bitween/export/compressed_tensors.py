@@ -1,8 +1,9 @@
-"""compressed-tensors of models with experts: each expert's matrices under the names of before they were fused.
+"""compressed-tensors: as `save_model` writes it, and of models with experts each expert's matrices under the names of
+before they were fused.
 
 vLLM loads experts so, every layer with its own schemes, those of one layer alike. transformers 5.24 unpacks them
-(`CompressedTensorsConfig(dequantize=True)`), all experts by one scheme and all other layers by one. Models without
-experts need none of this: `save_model` writes them in this format, and what it writes loads packed.
+(`CompressedTensorsConfig(dequantize=True)`), all experts by one scheme and all other layers by one. What `save_model`
+writes loads packed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bitween.layers.packed import Packed
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.scheme import Scheme
 from bitween.store import compressed_tensors
+from bitween.store.saving import save_model
 
 __all__ = ["export_compressed_tensors"]
 
@@ -30,7 +32,7 @@ _EXPERTS = r"re:.*\.experts\.\d+\..*"
 def export_compressed_tensors(
     model: nn.Module, tokenizer: Any, directory: str | os.PathLike, *, max_shard_size: str | int = "5GB"
 ) -> None:
-    """Write a quantized model with packed experts as a compressed-tensors checkpoint.
+    """Write a quantized model as a compressed-tensors checkpoint.
 
     Parameters
     ----------
@@ -48,6 +50,9 @@ def export_compressed_tensors(
     RuntimeWarning
         transformers would unpack the checkpoint by wrong schemes; vLLM reads it as it is meant.
     """
+    if not any(isinstance(module, ExpertStack) for module in model.modules()):
+        save_model(model, tokenizer, directory, format="compressed-tensors", max_shard_size=max_shard_size)
+        return
     found = _pieces(model)
 
     def pieces(name: str, stored: QuantizedTensor) -> list[tuple[str, QuantizedTensor]]:

@@ -17,7 +17,6 @@ from torch import nn
 from bitween.export import gguf_blocks
 from bitween.layers.experts import ExpertStack
 from bitween.layers.packed import Packed
-from bitween.quantized_tensor import QuantizedTensor
 
 __all__ = ["MIXTURES", "add_settings", "check", "is_vector", "parameters", "reasons", "stacks"]
 
@@ -64,7 +63,8 @@ def stacks(model: nn.Module, exact: bool) -> Iterator[tuple[str, np.ndarray, Any
         kind = gguf_blocks.block_type(stored[0].scheme, stored[0].shape, exact)
         parts = _PARTS[own]
         for place, part in enumerate(parts):
-            rows = [_rows(matrix, place, len(parts)) for matrix in stored]
+            size = stored[0].shape[0] // len(parts)
+            rows = [matrix.row_range(place * size, (place + 1) * size) for matrix in stored]
             blocks = np.stack([gguf_blocks.encode(matrix, kind) for matrix in rows])
             changed = any(gguf_blocks.is_rounded(matrix.scheme, kind) for matrix in stored)
             yield f"{home}.{part}", blocks, kind, changed
@@ -102,11 +102,3 @@ def add_settings(writer: Any, config: Any) -> None:
 
 def _packed_stacks(model: nn.Module) -> list[tuple[str, ExpertStack]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertStack)]
-
-
-def _rows(matrix: QuantizedTensor, place: int, count: int) -> QuantizedTensor:
-    """One of `count` equal parts of a matrix's rows."""
-    size = matrix.shape[0] // count
-    part = slice(place * size, (place + 1) * size)
-    stored = [None if x is None else np.asarray(x)[part] for x in (matrix.codes, matrix.scales, matrix.zeros)]
-    return QuantizedTensor(*stored, matrix.scheme, (size, matrix.shape[1]))

@@ -39,17 +39,21 @@ def _logits(model):
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, QWEN2, QWEN3, OLMOE], ids=lambda c: c.model_type)
-def test_transformers_unpacks_what_was_written(config, tmp_path):
-    model = _quantized(config)
+def assert_transformers_unpacks(model, directory):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        export_compressed_tensors(model, None, tmp_path / "out")
+        export_compressed_tensors(model, None, directory)
     loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
+        directory, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
     )
     wanted = _logits(model)
     assert torch.allclose(_logits(loaded), wanted, atol=ROUNDED * float(wanted.std()))
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN2, QWEN3, OLMOE], ids=lambda c: c.model_type)
+def test_transformers_unpacks_what_was_written(config, tmp_path):
+    model = _quantized(config)
+    assert_transformers_unpacks(model, tmp_path / "out")
 
 
 def test_every_expert_stands_under_the_names_of_before_they_were_fused(tmp_path):
@@ -82,14 +86,7 @@ def test_experts_of_another_scheme_are_told_by_a_pattern(tmp_path):
         if ".experts." in name:
             home, _, number = name.rpartition(".")
             setattr(model.get_submodule(home), number, eight.get_submodule(name))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        export_compressed_tensors(model, None, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
-    )
-    wanted = _logits(model)
-    assert torch.allclose(_logits(loaded), wanted, atol=ROUNDED * float(wanted.std()))
+    assert_transformers_unpacks(model, tmp_path / "out")
 
 
 def test_schemes_that_transformers_would_mix_up_are_told(tmp_path):
