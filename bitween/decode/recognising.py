@@ -194,16 +194,16 @@ def _attention_parts(build: _Builder, attention: nn.Module, heads: int, kv_heads
 def _mlp_parts(build: _Builder, mlp: nn.Module) -> tuple[list[tuple | None], Any]:
     """Gate, which a plain MLP has not, up and down, and the activation."""
     first: list[tuple | None]
-    if not hasattr(mlp, "gate_up_proj") and not hasattr(mlp, "gate_proj"):
-        up, inner = build.linear(mlp.up_proj)
-        first, activation = [None, (up, 0, inner)], mlp.act_fn
-    elif hasattr(mlp, "gate_up_proj"):
+    if hasattr(mlp, "gate_up_proj"):
         number, total = build.linear(mlp.gate_up_proj)
         inner, activation = total // 2, mlp.activation_fn
         first = [(number, 0, inner), (number, inner, inner)]
-    else:
+    elif hasattr(mlp, "gate_proj"):
         (gate, inner), (up, _) = build.linear(mlp.gate_proj), build.linear(mlp.up_proj)
         first, activation = [(gate, 0, inner), (up, 0, inner)], mlp.act_fn
+    else:
+        up, inner = build.linear(mlp.up_proj)
+        first, activation = [None, (up, 0, inner)], mlp.act_fn
     if isinstance(activation, nn.Module):
         build.watch.module(activation)
     down, hidden = build.linear(mlp.down_proj)

@@ -101,16 +101,16 @@ def need_within(
     return_freed_memory()
     resident = resident_bytes() or 0
     found = _sizes(layout, length)
-    batch = activation_bytes(layout, min(max(BATCH_TOKENS, length), calibration * length))
+    everything = calibration * length
+    batch = min(max(BATCH_TOKENS, length), everything)
     states = 4 * (3 * calibration + 2 * evaluation) * length * layout.embedding.shape[1]
 
     def need(one_pass: bool) -> MemoryNeed:
-        tokens = calibration * length if one_pass else min(max(BATCH_TOKENS, length), calibration * length)
         return MemoryNeed(
             resident=resident,
             preparing=found.preparing if copied else 0,
-            analysing=max(found.gradients, found.trials, found.moments + batch),
-            rounding=_rounding(layout, tokens),
+            analysing=max(found.gradients, found.trials, found.moments + activation_bytes(layout, batch)),
+            rounding=_rounding(layout, everything if one_pass else batch),
             measuring=found.measuring,
             delivering=delivered,
             disk=(2 if copied else 1) * found.numbers + packed + states,

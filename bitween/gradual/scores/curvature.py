@@ -26,7 +26,7 @@ from bitween.model.head import position_blocks
 from bitween.realise.context import RunContext
 from bitween.scheme import TILE
 
-__all__ = ["LayerCurvature", "block_variances", "collect_curvature", "conditional_variances"]
+__all__ = ["LayerCurvature", "block_variances", "collect_curvature", "conditional_variances", "keep_moment"]
 
 DAMPING = 0.01  # of the mean diagonal, added to H before it is factored
 _ROWS = 256  # of a matrix that are worked on at once
@@ -303,16 +303,17 @@ def _collect_moments(context, ids, found, blocked, progress) -> None:
                 for names, x in inputs.items():
                     moments.setdefault(names, bitween.Hessian(x.shape[-1])).add(x)
             for names in tuple(moments):
-                _keep_moment(found, names, moments.pop(names), blocked)
+                keep_moment(found, names, moments.pop(names), blocked)
             progress("input covariances", i + 1, len(layout.blocks) + 1, layout.blocks[i].name)
         last = bitween.Hessian(layout.head.shape[1])
         for hidden in states:
             last.add(runner.final(hidden).float().reshape(-1, layout.head.shape[1]))
-        _keep_moment(found, (layout.head.name,), last, blocked)
+        keep_moment(found, (layout.head.name,), last, blocked)
         progress("input covariances", len(layout.blocks) + 1, len(layout.blocks) + 1, layout.head.name)
 
 
-def _keep_moment(found, names, hessian, blocked) -> None:
+def keep_moment(found, names, hessian, blocked: bool) -> None:
+    """Give the layers of these names, which read the same inputs, what their Hessian tells; it gathers no more."""
     matrix = hessian.settle().matrix()
     conditional = conditional_variances(matrix)
     by_block = block_variances(matrix) if blocked else None

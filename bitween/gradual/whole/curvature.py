@@ -19,7 +19,7 @@ from torch import nn
 
 import bitween
 from bitween._progress import Progress, no_progress
-from bitween.gradual.scores.curvature import LayerCurvature, conditional_variances
+from bitween.gradual.scores.curvature import LayerCurvature, keep_moment
 from bitween.model.layout import Layer
 from bitween.model.outputs import Answer, answer_of
 from bitween.model.replay import settled
@@ -197,7 +197,8 @@ def _moments(context: WholeContext, found: dict, examples: list[Example], progre
             for example in examples:
                 context.run(context.model, example)
         for leader, names in batch.items():
-            _keep(found, names, totals.pop(leader))
+            if totals[leader].tokens:
+                keep_moment(found, names, totals.pop(leader), blocked=False)
         progress("input covariances", done + 1, len(batches), next(iter(batch)))
 
 
@@ -212,14 +213,3 @@ def _batches(groups: dict[str, list[str]], uses: Mapping[str, Any]) -> Iterator[
         batch[leader], size = names, size + need
     if batch:
         yield batch
-
-
-def _keep(found: dict, names: list[str], hessian: bitween.Hessian) -> None:
-    if not hessian.tokens:
-        return
-    matrix = hessian.settle().matrix()
-    conditional = conditional_variances(matrix)
-    for name in names:
-        found[name].moment = np.diagonal(matrix).astype(np.float64)
-        found[name].conditional = conditional
-        found[name].tokens = hessian.tokens
