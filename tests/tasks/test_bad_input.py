@@ -103,3 +103,9 @@ def test_adapters_are_refused_with_the_way_out():
 def test_a_metric_that_gives_no_numbers(given):
     with pytest.raises(ValueError, match="metric: expected a finite number, or one an example"):
         gradual(nn.Linear(16, 4), X, max_damage=None, metric=lambda model: given, max_metric_drop=0.1).quantize()
+
+
+def test_a_basis_that_would_not_be_taken_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match='transforms: expected "none" with a model that runs as a whole'):
+        Bitween(model, None, bits=4).quantize(method="rtn", transforms="auto", calibration_data=None)
