@@ -5,7 +5,8 @@
 All linear layers of the decoder are planned; embedding and head stay as they are and are not counted. "bits" are bytes
 of codes, scales and zeros times 8 over weights. KL (nats a token) and the rise of perplexity are measured on the first
 12 windows of 512 tokens of the text; what is learned comes from its last --windows windows. "predicted" is the damage
-that the plan's own score promises, where it is one in nats.
+that the plan's own score promises, where it is one in nats; "corrected" is what a descent makes of it, which has
+measured bitween's plans of more bits before (from the second on).
 
 AutoScheme (of auto-round, run by peers.py with the interpreter that --python names) allocates by its own score and
 rounds in its own way, to nearest or trained; it may miss the bits that it was asked for, so its row tells what it took.
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitween
 from bitween import Scheme
 from bitween.gradual import ImportanceAnalyzer, PrecisionOptimizer
+from bitween.gradual.plan.damage_model import learned
 from bitween.gradual.plan.items import Item, Option
 from bitween.gradual.plan.planner import frontier
 from bitween.gradual.scores.fisher import candidate_schemes
@@ -204,6 +206,21 @@ def _told(s: Subject, plan: str, bits: float, predicted, quality, analysis: floa
     }
 
 
+def correct(rows: list[dict[str, object]]) -> None:
+    """Fill "corrected", as a descent through bitween's own plans would have predicted them; rows fall in bits."""
+    pairs: dict[object, list[tuple[float, float]]] = {}
+    for r in rows:
+        own = r["plan"] == "bitween"
+        before = pairs.setdefault(r["model"], [])
+        corrected = float(learned(before).total(r["predicted"])) if own and before else None
+        values = list(r.items())
+        place = list(r).index("predicted") + 1
+        r.clear()
+        r.update([*values[:place], ("corrected", corrected), *((k, v) for k, v in values[place:] if k != "corrected")])
+        if own:
+            before.append((r["predicted"], r["KL"]))
+
+
 def merge(found: dict[str, object], settings: dict[str, object]) -> None:
     """Put one row into the JSON in place of its like, and write the table."""
     path = common.RESULTS / f"{NAME}.json"
@@ -211,6 +228,7 @@ def merge(found: dict[str, object], settings: dict[str, object]) -> None:
     key = ("model", "plan", "bits")
     rows = [r for r in rows if any(r[k] != found[k] for k in key)] + [found]
     rows.sort(key=lambda r: (r["model"], -r["bits"], r["KL"]))
+    correct(rows)
     common.save(NAME, rows, **settings)
     machine = common.machine()
     facts = ("cpu", "threads", "isa", "blas_core", "date")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bitween.gradual.plan.damage_model import DamageModel, recalibrate
+from bitween.gradual.plan.damage_model import DamageModel, learned
 from bitween.gradual.plan.items import Plan
 from bitween.gradual.plan.planner import Frontier
 from bitween.gradual.precision_optimizer import Realisation
@@ -82,12 +82,11 @@ class Descent:
         self._realise = realise
         self.stages: list[Stage] = []
         self.model = DamageModel()
-        self.floor = 0.0  # nats that any change causes, however small: rounding inside the products falls differently
         self._pairs: list[tuple[float, float]] = []  # sum of single damages, measured damage of the whole
 
     def predicted(self, plan: Plan) -> float:
         """Damage of a plan as a whole, corrected by the stages so far; nats per token."""
-        return self.floor + float(self.model.total(plan.damage))
+        return float(self.model.total(plan.damage))
 
     def predicted_increase(self, plan: Plan) -> float:
         """ln perplexity ratio expected of a plan, nats per token."""
@@ -113,7 +112,7 @@ class Descent:
         predicted = self.predicted(plan)
         stage = self._judged(name, plan.nbytes, predicted, self._realise(name, plan))
         self._pairs.append((plan.damage, stage.damage))
-        self._learn()
+        self.model = learned(self._pairs)
         return stage
 
     def add(self, name: str, realisation: Realisation, like: Stage) -> Stage:
@@ -143,19 +142,12 @@ class Descent:
 
     def _aim(self, held: Stage | None, lowest: int) -> int | None:
         """Bytes, at least `lowest`, at which the increase should be just under the budget, as predicted by now."""
-        limit = 0.97 * self.budget / self._ratio() - self.floor
-        sums = float(self.model.inverse(limit)) if limit > 0 else 0.0
+        sums = float(self.model.inverse(0.97 * self.budget / self._ratio()))
         if sums < self.frontier.least_damage:
             return None
         nbytes = self.frontier.within_damage(sums).nbytes
         top = held.nbytes if held is not None else int(self.frontier.nbytes[-1])
         return int(np.clip(nbytes, lowest, top)) if lowest < top else None
-
-    def _learn(self) -> None:
-        pairs = [(total, damage) for total, damage in self._pairs if total > 0 and 0 < damage < math.inf]
-        if pairs:
-            self.floor = max(0.0, min(damage - total for total, damage in pairs))
-            self.model = recalibrate([p for p, _ in pairs], [r - self.floor for _, r in pairs])
 
     def _ratio(self) -> float:
         """ln perplexity ratio per nat of KL, from the stage whose increase is nearest the budget."""

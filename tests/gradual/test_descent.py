@@ -47,7 +47,7 @@ def test_a_floor_of_noise_does_not_spoil_the_prediction():
     descent.walk(480_000, 330_000, 3)
     plan = descent.frontier.within_bytes(260_000)
     assert descent.predicted(plan) == pytest.approx(0.0024 + 1.1 * plan.damage, rel=0.15)
-    assert descent.floor == pytest.approx(0.0024, rel=0.1)
+    assert descent.model.floor == pytest.approx(0.0024, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Pure functions on measured options; no model and no torch. An item is a layer, several layers that must agree
 (`tie`), or anything else with a price, such as a block that may be dropped. Damage is in nats of KL per token and
-is taken to add up over items; `damage_model.recalibrate` corrects the sum where it does not.
+is taken to add up over items; `damage_model` corrects the sum where it does not.
 """
 
 from __future__ import annotations
