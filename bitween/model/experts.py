@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from bitween.layers.experts import _MATMULS, ExpertStack, take_over
 from bitween.layers.fused_experts import FusedStack
 from bitween.model.memory import stored_again
+from bitween.model.placement import check_whole
 from bitween.model.replay import settled
 
 __all__ = [
@@ -47,7 +48,13 @@ def shared_copy(model: Any) -> Any:
     A head that repeats the embedding number by number in memory of its own is tied to it in the copy.
 
     Quantizers work on such copies only, so that a model may run, or be quantized a second time, in another thread.
+
+    Raises
+    ------
+    ValueError
+        Weights are split over processes.
     """
+    check_whole(model)
     parameters = {id(p): nn.Parameter(_recordable(p.detach()), p.requires_grad) for p in model.parameters()}
     if (again := stored_again(model)) is not None:  # it is quantized once, as it is counted once
         parameters[id(again)] = parameters[id(model.get_input_embeddings().weight)]

@@ -18,6 +18,7 @@ from bitween.layers.embedding import is_lookup
 from bitween.layers.in_place import can_be_packed
 from bitween.layers.plain import can_pack_convolution, is_plain_linear
 from bitween.model.experts import experts_of, routers_of
+from bitween.model.placement import check_placement
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -195,7 +196,7 @@ def find_parts(model: nn.Module) -> tuple[Layer, tuple[Block, ...], Layer, tuple
     Raises
     ------
     ValueError
-        No linear layers, no list of blocks, no embedding or head, weights on the meta device, on
+        No linear layers, no list of blocks, no embedding or head, weights on the meta device, split over processes, on
         several devices, or of a dtype other than float32, float16 and bfloat16.
     """
     check_placement(model)
@@ -357,18 +358,6 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     if best is None:
         raise ValueError(f"model: expected a ModuleList of blocks with linear layers; {type(model).__name__} has none")
     return best[1], list(best[2])
-
-
-def check_placement(model: nn.Module) -> None:
-    """Raise ValueError unless all weights hold numbers and are on one device."""
-    devices: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name}: expected loaded weights; got a tensor on the meta device, which holds no values")
-        devices.setdefault(str(parameter.device), name)
-    if len(devices) > 1:
-        where = ", ".join(f"{device} ({name}, ...)" for device, name in devices.items())
-        raise ValueError(f"model: expected all weights on one device; got {where}")
 
 
 def _check_dtypes(layers: Iterable[Layer]) -> None:

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from bitween.layers.embedding import lookup_scale
 from bitween.layers.plain import can_pack_convolution, is_plain_linear
-from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, check_placement, kind_of
+from bitween.model.layout import SUPPORTED_DTYPES, Kept, Layer, kind_of
+from bitween.model.placement import check_placement
 
 __all__ = ["WholeLayout", "describe", "rows_read", "trace_order"]
 
@@ -54,8 +55,8 @@ def describe(model: nn.Module) -> WholeLayout:
     TypeError
         It is no torch module.
     ValueError
-        No matrix at all; weights on the meta device or on several devices; layers that are neither float32, float16
-        nor bfloat16.
+        No matrix at all; weights on the meta device, split over processes or on several devices; layers that are
+        neither float32, float16 nor bfloat16.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module; got {type(model).__name__}")
