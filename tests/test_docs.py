@@ -27,6 +27,13 @@ def test_files_named_are_there(page):
     assert [n for n in named if not (ROOT / n).exists() and not any(part in n for part in made_up)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_stand_in_tables(page):
+    """Rows that no head stands above show as text."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text() + "\n", re.MULTILINE)
+    assert [table for table in tables if not re.match(r"\|.*\n\|(?:\s*:?-+:?\s*\|)+\n", table)] == []
+
+
 def test_options_are_those_of_the_command_line():
     spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
     module = importlib.util.module_from_spec(spec)
