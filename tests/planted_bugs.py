@@ -2,19 +2,23 @@
 
     python -m tests.planted_bugs [NUMBER...]
 
-Prints a line a bug, and fails when one lived through the tests that stand beside it (a part of the suite).
+Prints a line a bug, and fails when one lived through the tests that stand beside it (a part of the suite). What was
+seen goes to planted_bugs.json, each bug with its day, so that a few can be run at a time.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SEEN = Path(__file__).with_suffix(".json")
 COPIED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "bitween", "tests")
 
 
@@ -214,6 +218,14 @@ def caught(bug: Bug, copy: Path) -> str:
     return failed[0] if failed else "a crash" if done.returncode < 0 or done.returncode > 2 else ""
 
 
+def remember(bug: Bug, by: str) -> None:
+    """Merge one bug's verdict into the file of results, in the order of `BUGS`."""
+    seen = json.loads(SEEN.read_text()) if SEEN.exists() else {}
+    seen[bug.what] = {"caught by": by, "day": str(date.today())}
+    ordered = {b.what: seen[b.what] for b in BUGS if b.what in seen}
+    SEEN.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
 def main() -> None:
     chosen = [int(number) for number in sys.argv[1:]] or range(1, len(BUGS) + 1)
     alive = 0
@@ -227,6 +239,7 @@ def main() -> None:
             plant(bug, copy)
             by = caught(bug, copy)
         alive += not by
+        remember(bug, by)
         print(f"{number}. {bug.what}: {f'caught by {by}' if by else 'LIVES'}", flush=True)
     print(f"{len(chosen)} bugs planted, {len(chosen) - alive} caught")
     sys.exit(alive > 0)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bitween.model.blocks import BlockRunner, Context, Layer
+from bitween.model.memory import return_freed_memory
 from bitween.quantized_tensor import QuantizedTensor
 from bitween.realise.block_training import train_block
 from bitween.realise.stacks import round_stack
@@ -322,22 +323,32 @@ class SequentialQuantizer:
         started = time.monotonic()
         wanted = [layer for layer in layers if self._needs_hessian(layer, plan)]
         found: dict[str, Hessian] = {}
-        for k, (groups, exact) in enumerate(inputs):
-            for names, x in groups.items():
-                here = [layer for layer in wanted if layer.name in names]
-                alike = not any(layer.kind == "expert" for layer in here)
-                reference = None if exact is None else _of(exact, names, x) if alike else x
-                for j, layer in enumerate(here):
-                    if j and self.token_weights is None:
-                        found[layer.name] = found[here[0].name]
-                        continue
-                    weights = None if self.token_weights is None else self.token_weights(layer.name, k)
-                    moments = found.setdefault(layer.name, Hessian(x.shape[-1], cross=reference is not None))
-                    moments.add(x, weights=weights, reference=reference)
+        k = 0  # enumerate would hold on to a batch while the next one is captured
+        for groups, exact in inputs:
+            self._add_moments(found, wanted, groups, exact, k)
+            del groups, exact
+            return_freed_memory()
+            k += 1  # noqa: SIM113
         for moments in found.values():
             moments.settle()
         self.progress("hessian", self.runner.layout.blocks[i].name, "", time.monotonic() - started)
         return found
+
+    def _add_moments(
+        self, found: dict[str, Hessian], wanted: list[Layer], groups: Mapping, exact: Mapping | None, k: int
+    ) -> None:
+        """What layers read in batch `k` goes into their Hessians."""
+        for names, x in groups.items():
+            here = [layer for layer in wanted if layer.name in names]
+            alike = not any(layer.kind == "expert" for layer in here)
+            reference = None if exact is None else _of(exact, names, x) if alike else x
+            for j, layer in enumerate(here):
+                if j and self.token_weights is None:
+                    found[layer.name] = found[here[0].name]
+                    continue
+                weights = None if self.token_weights is None else self.token_weights(layer.name, k)
+                moments = found.setdefault(layer.name, Hessian(x.shape[-1], cross=reference is not None))
+                moments.add(x, weights=weights, reference=reference)
 
     def _quantize(self, i: int, layers: list[Layer], plan: Mapping, hessians: Mapping) -> list[LayerResult]:
         """Layers of one scheme, method and Hessian are stacked, so that it is factored once."""
