@@ -199,6 +199,7 @@ def _told(s: Subject, plan: str, bits: float, predicted, quality, analysis: floa
         "plan": plan,
         "bits": round(bits, 3),
         "predicted": predicted,
+        "corrected": None,  # filled in once all rows are there
         "KL": quality.damage,
         "perplexity %": 100 * quality.perplexity_increase,
         "analysis s": round(analysis, 1),
@@ -212,11 +213,7 @@ def correct(rows: list[dict[str, object]]) -> None:
     for r in rows:
         own = r["plan"] == "bitween"
         before = pairs.setdefault(r["model"], [])
-        corrected = float(learned(before).total(r["predicted"])) if own and before else None
-        values = list(r.items())
-        place = list(r).index("predicted") + 1
-        r.clear()
-        r.update([*values[:place], ("corrected", corrected), *((k, v) for k, v in values[place:] if k != "corrected")])
+        r["corrected"] = float(learned(before).total(r["predicted"])) if own and before else None
         if own:
             before.append((r["predicted"], r["KL"]))
 

@@ -95,10 +95,10 @@ class Bitween:
             between Hadamard transforms, which even out weights far from the others, and as EXL3 stores them
         transforms : "auto" first rotates and scales a causal language model's weights into a basis that is easier to
             quantize, where its architecture allows one (`bitween.transforms`; a tied head may get a weight of its own,
-            and all that stays in full precision is in that basis), and is refused for models that run as a whole;
-            "none" leaves the basis alone. By default "auto" for
-            method="trellis", whose one scale a row can't follow outliers, unless `turned` does that; "none" otherwise.
-            The other methods with error feedback gain from it too, rounding and clipping do not
+            and all that stays in full precision is in that basis), and is refused for models that run as a whole and
+            with examples of inputs, which leave it alone, as "none" does. By default "auto" for method="trellis", whose
+            one scale a row can't follow outliers, unless `turned` does that; "none" otherwise. The other methods with
+            error feedback gain from it too, rounding and clipping do not
 
         Raises
         ------
@@ -120,7 +120,7 @@ class Bitween:
         patterns = checked_patterns("ignore_layers", ignore_layers, self.layout)
         if self.runs_whole or is_inputs(calibration_data):
             if transforms == "auto":
-                way = "examples of its inputs" if is_inputs(calibration_data) else "a model that runs as a whole"
+                way = "a model that runs as a whole" if self.runs_whole else "examples of its inputs"
                 raise ValueError(f'transforms: expected "none" with {way}, which keeps its basis; got "auto"')
             return self._whole(patterns, scheme, method, calibration_data, turned)
         from bitween.realise.candidate import Candidate

@@ -211,7 +211,9 @@ def caught(bug: Bug, copy: Path) -> str:
         return "the compiler"
     done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *bug.tests.split())
     failed = [
-        line.split(" - ")[0].split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
+        line.split(" - ")[0].split(maxsplit=1)[1]
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED", "ERROR"))
     ]
     if "ImportError" in done.stdout or "ModuleNotFoundError" in done.stdout:  # says nothing of the bug
         raise SystemExit(f"{bug.what}: {failed[0]} could not be read\n{done.stdout[-2000:]}")

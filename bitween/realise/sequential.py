@@ -195,7 +195,7 @@ class SequentialQuantizer:
                     return
                 x = (args[0] if args else next(iter(kwargs.values()))).detach()
                 wanted = [layers[n] for n in groups[name] if n in layers]
-                hessian = self._hessians(i, wanted, plan, [({groups[name]: x}, targets)])
+                hessian = self._hessians(i, wanted, plan, [(0, {groups[name]: x}, targets)])
                 results.update((r.layer.name, r) for r in self._quantize(i, wanted, plan, hessian))
 
             return hook
@@ -226,7 +226,8 @@ class SequentialQuantizer:
             if any(self._needs_hessian(layer, plan) for layer in wanted):
                 stop_at = [layer.name for layer in wanted]
                 exact = entering if aims else [None] * len(batches)
-                inputs = (self._captured(i, *b, x, stop_at, results) for b, x in zip(batches, exact, strict=True))
+                pairs = enumerate(zip(batches, exact, strict=True))
+                inputs = ((k, *self._captured(i, *b, x, stop_at, results)) for k, (b, x) in pairs)
                 hessians = self._hessians(i, wanted, plan, inputs)
             results += self._quantize(i, wanted, plan, hessians)
         self._forward(i, batches)
@@ -319,16 +320,14 @@ class SequentialQuantizer:
 
     def _hessians(self, i: int, layers: list[Layer], plan: Mapping, inputs: Any) -> dict[str, Hessian]:
         """{layer: its Hessian}; layers share one unless their tokens weigh differently. `inputs` yields
-        ({names: what they read}, the same of the untouched model or None)."""
+        (number of the batch, {names: what they read}, the same of the untouched model or None)."""
         started = time.monotonic()
         wanted = [layer for layer in layers if self._needs_hessian(layer, plan)]
         found: dict[str, Hessian] = {}
-        k = 0  # enumerate would hold on to a batch while the next one is captured
-        for groups, exact in inputs:
+        for k, groups, exact in inputs:
             self._add_moments(found, wanted, groups, exact, k)
-            del groups, exact
+            del groups, exact  # before the next batch is captured, and the holes that they leave as well
             return_freed_memory()
-            k += 1  # noqa: SIM113
         for moments in found.values():
             moments.settle()
         self.progress("hessian", self.runner.layout.blocks[i].name, "", time.monotonic() - started)

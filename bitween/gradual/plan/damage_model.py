@@ -41,11 +41,11 @@ class DamageModel:
 
     def total(self, sums: float | np.ndarray) -> float | np.ndarray:
         """Damage expected of a plan whose single damages add up to `sums` (>= 0)."""
-        return self.floor + self._map(sums, self.sums, self.totals, self._slope_beyond())
+        return self.floor + self._map(_checked(sums), self.sums, self.totals, self._slope_beyond())
 
     def inverse(self, totals: float | np.ndarray) -> float | np.ndarray:
         """Sum of single damages at which a plan's damage is expected to be `totals` (>= 0)."""
-        above = np.maximum(np.asarray(totals, np.float64) - self.floor, 0) if self.floor else totals
+        above = np.maximum(_checked(totals) - self.floor, 0)
         return self._map(above, self.totals, self.sums, 1 / self._slope_beyond())
 
     def _slope_beyond(self) -> float:
@@ -55,12 +55,7 @@ class DamageModel:
         return float(np.clip(rise / run, *_SLOPE_BEYOND))
 
     @staticmethod
-    def _map(
-        values: float | np.ndarray, source: tuple[float, ...], target: tuple[float, ...], beyond: float
-    ) -> float | np.ndarray:
-        x = np.asarray(values, np.float64)
-        if np.isnan(x).any() or (x < 0).any():
-            raise ValueError(f"damage: expected numbers of at least 0; got {values}")
+    def _map(x: np.ndarray, source: tuple[float, ...], target: tuple[float, ...], beyond: float) -> float | np.ndarray:
         if not source:
             return x if x.ndim else float(x)
         with np.errstate(divide="ignore"):
@@ -69,6 +64,13 @@ class DamageModel:
         y = np.interp(log, np.log(source), np.log(target))
         y = y + np.minimum(log - first, 0) + beyond * np.maximum(log - last, 0)
         return np.exp(y) if x.ndim else float(np.exp(y))
+
+
+def _checked(values: float | np.ndarray) -> np.ndarray:
+    x = np.asarray(values, np.float64)
+    if np.isnan(x).any() or (x < 0).any():
+        raise ValueError(f"damage: expected numbers of at least 0; got {values}")
+    return x
 
 
 def recalibrate(predicted: float | Sequence[float], real: float | Sequence[float]) -> DamageModel:
