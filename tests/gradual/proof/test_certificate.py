@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, skew, t
+from scipy.stats import binom, norm, skew, t
 
 from bitween.gradual.proof.certificate import (
     TooLittleText,
@@ -138,6 +138,18 @@ def test_only_the_windows_of_each_look_are_measured_once():
     assert [look.windows for look in certificate.looks] == [stop for _, stop in asked]
     assert all(documents[stop - 1] != documents[stop] for _, stop in asked if stop < len(d))
     assert certificate.tokens == tokens[: asked[-1][1]].sum()
+
+
+@pytest.mark.parametrize(
+    ("spending", "thresholds"), [("late", [3.7103, 2.5114, 1.9930]), ("even", [2.2794, 2.2949, 2.2959])]
+)
+def test_looks_share_the_error_probability(spending, thresholds):
+    """Three looks at thirds of the text, at one-sided 0.025: the thresholds that Jennison and Turnbull tabulate."""
+    d = BUDGET + np.random.default_rng(3).normal(0, 0.01, 30)
+    undecided = certify(
+        lambda start, stop: d[start:stop], [TOKENS] * 30, budget=BUDGET, confidence=0.975, spending=spending
+    )
+    np.testing.assert_allclose(norm.isf([look.level for look in undecided.looks]), thresholds, atol=6e-4)
 
 
 def test_undecided_tells_how_much_text_would_do():
