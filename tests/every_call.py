@@ -113,7 +113,7 @@ def fail_everywhere(name: str, work: Work, folder: Path) -> int:
 
     def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
 
     begin()
     assert attempt(work, path)[0] == DONE, name

@@ -13,6 +13,7 @@ from bitween.gradual.scores.curvature import LayerCurvature, collect_curvature
 from bitween.gradual.scores.fisher import LayerScores, candidate_schemes, score_layers
 from bitween.gradual.scores.methods import METHODS
 from bitween.gradual.scores.probe import Probe, Unit, block_units, layer_units
+from bitween.gradual.scores.rerouting import corrected_for_routing, routed_units
 from bitween.gradual.utils import budget_nats, check_share
 from bitween.realise.context import RunContext
 from bitween.scheme import Scheme
@@ -134,12 +135,15 @@ class ImportanceAnalyzer:
     def predict_damage(
         self, schemes: Sequence[Scheme] | None = None, *, feedback: bool = True, ranges: str = "clip"
     ) -> dict[str, LayerScores]:
-        """Predicted damage, with its error, of every candidate scheme for every layer."""
+        """Predicted damage, with its error, of every candidate scheme for every layer; of a model with routers
+        corrected by what its blocks were found to do (`scores.rerouting`)."""
         schemes = tuple(schemes or candidate_schemes())
         blocked = feedback and any(scheme.coding == "trellis" for scheme in schemes)
         curvature = self.analyze_curvature(blocked=blocked)
         rest = self.context.spill.let_go
-        return score_layers(self.context.layout, curvature, schemes, feedback=feedback, ranges=ranges, done=rest)
+        layout = self.context.layout
+        scores = score_layers(layout, curvature, schemes, feedback=feedback, ranges=ranges, done=rest)
+        return corrected_for_routing(scores, curvature, self.probe) if routed_units(layout) else scores
 
     def get_block_thresholds(self, global_budget: float = 0.05) -> dict[str, float]:
         """Damage in nats that each block may cause, so that all together stay within a perplexity increase.
